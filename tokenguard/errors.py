@@ -1,0 +1,64 @@
+"""The error tree: everything TokenGuard raises on purpose is a ``TokenGuardError``.
+
+A refusal is not here: it is a value (``model.Decision``), not an error.
+"""
+
+
+class TokenGuardError(Exception):
+    """The root of everything that TokenGuard raises on purpose."""
+
+
+class InvalidValue(TokenGuardError, ValueError):
+    """A value from outside cannot be used.
+
+    Attributes:
+        field: What it was given as, in the words of whoever gave it: ``capacity``, ``x-user-id``.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class InvalidSetting(InvalidValue):
+    """A setting of the environment cannot be used; the message names it, its value and what is allowed."""
+
+
+class InvalidRequest(InvalidValue):
+    """A caller's request cannot be read."""
+
+
+class BudgetNotFound(TokenGuardError, LookupError):
+    """There is no explicit budget under the given name."""
+
+
+class StaleHandle(TokenGuardError):
+    """A budget changed since the handle was prepared: resolve the plan again and prepare anew."""
+
+
+class TableFull(TokenGuardError):
+    """The table has no room for a new bucket: every one in it is in use and not full."""
+
+
+class TableBusy(TokenGuardError):
+    """The table's lock was not free within the time allowed for a wait."""
+
+
+class AlreadySettled(TokenGuardError):
+    """The reservation has been settled or refunded before; nothing was changed."""
+
+
+class UpstreamError(TokenGuardError):
+    """The provider could not be reached or did not answer as HTTP asks.
+
+    Attributes:
+        sent: False only if it is certain that no byte of the request reached the provider.
+    """
+
+    def __init__(self, message: str, *, sent: bool) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+class UpstreamTimeout(UpstreamError):
+    """The provider took longer than the configured limit."""

@@ -1,0 +1,204 @@
+"""The words of TokenGuard as frozen values: no I/O, no clock, no arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from fractions import Fraction
+from typing import NamedTuple
+
+from tokenguard.errors import InvalidValue
+
+GLOBAL = "global"
+SCOPE_KINDS = (GLOBAL, "team", "rolegroup", "role", "user")
+"""The levels of the hierarchy, in the order in which a call passes them."""
+
+GLOBAL_ID = "*"
+"""The one id of the scope ``global``."""
+
+MAX_ID_BYTES = 256
+NEVER_US = 10**15
+"""A wait this long, in µs, means never (31 years)."""
+
+SEPARATOR = "\x1f"
+
+
+class Meter(StrEnum):
+    """What a budget counts."""
+
+    TOKENS = "tokens"
+    REQUESTS = "requests"
+
+
+def checked_name(field: str, value: str) -> str:
+    """Return ``value`` if it can name a scope or a model.
+
+    Args:
+        field: What the value was given as, for the message.
+        value: 1 to 256 bytes of UTF-8 without control characters.
+
+    Raises:
+        InvalidValue: It is not.
+    """
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise InvalidValue(field, f"{field} must be valid UTF-8, got a lone surrogate") from None
+    if not 1 <= size <= MAX_ID_BYTES:
+        raise InvalidValue(field, f"{field} must be 1 to {MAX_ID_BYTES} bytes of UTF-8, got {size}")
+    if any(character < " " or "\x7f" <= character <= "\x9f" for character in value):
+        raise InvalidValue(field, f"{field} must not contain control characters, got {value!r}")
+    return value
+
+
+class Scope(NamedTuple):
+    """One level of the hierarchy and an id on it: ``team:data-science``, ``global:*``."""
+
+    kind: str
+    id: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.id}"
+
+
+class Identity(NamedTuple):
+    """Who calls. What is absent is not on the call's path."""
+
+    user: str
+    team: str | None = None
+    role: str | None = None
+    rolegroup: str | None = None
+
+    def scopes(self) -> list[Scope]:
+        """Return the scopes on the caller's path, from ``global`` down to ``user``."""
+        ids = {
+            GLOBAL: GLOBAL_ID,
+            "team": self.team,
+            "rolegroup": self.rolegroup,
+            "role": self.role,
+            "user": self.user,
+        }
+        return [Scope(kind, id) for kind in SCOPE_KINDS if (id := ids[kind]) is not None]
+
+
+class BucketName(NamedTuple):
+    """What one budget limits, and one bucket counts; ``model`` None means all models."""
+
+    scope: Scope
+    meter: Meter = Meter.TOKENS
+    model: str | None = None
+
+    @property
+    def key(self) -> bytes:
+        """The name as bytes, the same in every backend."""
+        return SEPARATOR.join((self.scope.kind, self.scope.id, self.meter, self.model or "")).encode()
+
+    def __str__(self) -> str:
+        return f"{self.scope} {self.meter}" + (f" of {self.model}" if self.model else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """A limit set on a scope.
+
+    Attributes:
+        name: What it limits.
+        capacity: The most its bucket holds, in whole tokens (or requests), 1 to 10^12.
+        rate: What flows in per second; 0 is a fixed grant.
+        max_debt: How far below zero its bucket may go, in whole tokens.
+    """
+
+    name: BucketName
+    capacity: int
+    rate: Fraction
+    max_debt: int
+
+
+class BucketState(NamedTuple):
+    """One bucket as a decision found it, after the decision.
+
+    Attributes:
+        name: Which bucket.
+        limit: Its capacity, in whole tokens or requests.
+        level: What is in it, rounded down; below 0 it is debt.
+        cost: What the call asked of it.
+        wait_us: How long until it alone would have let the call pass: 0 if it did, ``NEVER_US`` if never.
+        full_in_us: How long until it is full, or ``NEVER_US``.
+    """
+
+    name: BucketName
+    limit: int
+    level: int
+    cost: int
+    wait_us: int
+    full_in_us: int
+
+    @property
+    def remaining(self) -> int:
+        """The level as far as it can be spent: never below 0."""
+        return max(0, self.level)
+
+
+class Decision(NamedTuple):
+    """What came of asking for a reservation.
+
+    Attributes:
+        allowed: Whether every bucket of the plan passed.
+        retry_after_us: How long until the same call would pass if nobody else is admitted meanwhile:
+            0 if allowed, ``NEVER_US`` if waiting does not help.
+        binding: The bucket with the longest wait; None if allowed.
+        buckets: Every bucket of the plan, in the order of the hierarchy.
+    """
+
+    allowed: bool
+    retry_after_us: int
+    binding: BucketState | None
+    buckets: tuple[BucketState, ...]
+
+
+class Usage(NamedTuple):
+    """What a call really took, as the provider counts it, in tokens."""
+
+    prompt: int
+    completion: int
+    total: int
+
+
+Headers = list[tuple[bytes, bytes]]
+"""HTTP header fields: names in lower case, in the order they came."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole HTTP answer of our own."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The status and header fields of an answer whose body follows in pieces."""
+
+    status: int
+    headers: Headers
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamRequest:
+    """A request to the provider.
+
+    Attributes:
+        method: The HTTP method.
+        path: The path below the provider's base URL, with a leading slash.
+        headers: All fields but ``host`` and ``content-length``.
+        body: The body, empty for none.
+        stream: Whether the caller asked for a stream.
+    """
+
+    method: str
+    path: str
+    headers: Headers
+    body: bytes
+    stream: bool = False
