@@ -15,7 +15,7 @@ MAX_BUCKETS: Final[int]
 """The most buckets that one table may hold: 10^7."""
 
 _Scale = tuple[int, int, int, int, int]
-"""capacity, debt, gain, unit, tick_us: see ``arithmetic.Scale``."""
+"""capacity, debt, gain, unit, tick_us: a ``model.Scale``."""
 
 @final
 class Handle:
@@ -44,8 +44,10 @@ class Outcome:
 
     @property
     def retry_after_us(self) -> int:
-        """How long until the same call would pass: exactly then, and not 1 µs earlier, if nobody else is
-        admitted meanwhile. 0 if allowed; 10^15 is never."""
+        """How long until the same call would pass; 0 if allowed, 10^15 is never.
+
+        Exactly then it passes, and not 1 µs earlier, if nobody else is admitted meanwhile.
+        """
 
     def level(self, i: int) -> int:
         """Return what is in the bucket, in whole tokens, rounded down; negative is debt."""
@@ -161,9 +163,16 @@ class BucketTable:
         """
 
     def state(self, key: bytes) -> tuple[int, int, int, int, int, int] | None:
-        """Return a bucket as it is stored, not brought up to now: level in units, tick, capacity, gain, unit,
-        tick_us; None if it is not in the table, which means full."""
+        """Return a bucket as it is stored, not brought up to now; None if it is not in the table: it is full.
+
+        Returns:
+            level in units, tick, capacity, gain, unit, tick_us.
+        """
 
     def stats(self) -> dict[str, int]:
-        """Return counters: ``buckets`` that fit and ``used`` ones, ``reclaimed``, ``refused_full``,
-        ``clock_steps`` back by over 1 s, tokens ``forgiven``, and the ``region_bytes`` of memory."""
+        """Return counters.
+
+        Returns:
+            ``buckets`` that fit and ``used`` ones, ``reclaimed``, ``refused_full``, ``clock_steps`` back by over
+            1 s, tokens ``forgiven``, and the ``region_bytes`` of memory.
+        """

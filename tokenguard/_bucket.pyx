@@ -1,5 +1,5 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
-# cython: freethreading_compatible=True
+# cython: freethreading_compatible=True, auto_pickle=False, autotestdict=False
 """The table of buckets. The stub, _bucket.pyi, is its manual.
 
 C below, a thin class above. Everything that a decision needs lies in one mapped region without a Python

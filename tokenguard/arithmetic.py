@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import NamedTuple
 
 from tokenguard.errors import InvalidValue
+from tokenguard.model import Scale
 
 MAX_CAPACITY = 10**12
 MAX_RATE = 10**12
@@ -26,29 +26,6 @@ DEFAULT_DEBT = 10
 
 _READING_ERROR = Fraction(1, 10**12)
 _REPRESENTATION_ERROR = Fraction(1, 10**6)
-
-
-class Scale(NamedTuple):
-    """A budget as integers.
-
-    Attributes:
-        capacity: Whole tokens, 1 to 10^12.
-        debt: Whole tokens that the level may go below zero.
-        gain: Units that flow in per tick; 0 for a fixed grant.
-        unit: Units per token, at least 1.
-        tick_us: The length of a tick: a power of ten from 1 to 10^6 µs.
-    """
-
-    capacity: int
-    debt: int
-    gain: int
-    unit: int
-    tick_us: int
-
-    @property
-    def rate(self) -> Fraction:
-        """The refill rate in effect, in tokens per second."""
-        return Fraction(self.gain * 1_000_000, self.unit * self.tick_us)
 
 
 def read_rate(value: float | Fraction) -> Fraction:
@@ -102,7 +79,8 @@ def _check_bounds(capacity: int, rate: Fraction, max_debt: int) -> None:
         raise InvalidValue("refillPerSec", f"refillPerSec must be between 0 and 10^12, got {float(rate)!r}")
     if not 0 <= max_debt <= MAX_UNITS - capacity:
         raise InvalidValue(
-            "maxDebt", f"maxDebt must be between 0 and {MAX_UNITS - capacity} at this capacity, got {max_debt}"
+            "maxDebt",
+            f"maxDebt must be between 0 and {MAX_UNITS - capacity} at this capacity, got {max_debt}",
         )
 
 

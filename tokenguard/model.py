@@ -78,7 +78,7 @@ class Identity(NamedTuple):
             "role": self.role,
             "user": self.user,
         }
-        return [Scope(kind, id) for kind in SCOPE_KINDS if (id := ids[kind]) is not None]
+        return [Scope(kind, scope_id) for kind in SCOPE_KINDS if (scope_id := ids[kind]) is not None]
 
 
 class BucketName(NamedTuple):
@@ -94,24 +94,37 @@ class BucketName(NamedTuple):
         return SEPARATOR.join((self.scope.kind, self.scope.id, self.meter, self.model or "")).encode()
 
     def __str__(self) -> str:
-        return f"{self.scope} {self.meter}" + (f" of {self.model}" if self.model else "")
+        return f"{self.scope} on {self.meter}" + (f" of {self.model}" if self.model else "")
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """A limit set on a scope.
+class Scale(NamedTuple):
+    """A budget's amounts as exact integers; ``arithmetic.scale`` makes them.
 
     Attributes:
-        name: What it limits.
-        capacity: The most its bucket holds, in whole tokens (or requests), 1 to 10^12.
-        rate: What flows in per second; 0 is a fixed grant.
-        max_debt: How far below zero its bucket may go, in whole tokens.
+        capacity: The most the bucket holds, in whole tokens (or requests), 1 to 10^12.
+        debt: How far below zero it may go, in whole tokens.
+        gain: Units that flow in per tick; 0 for a fixed grant.
+        unit: Units per token, at least 1.
+        tick_us: The length of a tick: a power of ten from 1 to 10^6 µs.
     """
 
-    name: BucketName
     capacity: int
-    rate: Fraction
-    max_debt: int
+    debt: int
+    gain: int
+    unit: int
+    tick_us: int
+
+    @property
+    def rate(self) -> Fraction:
+        """The refill rate in effect, per second."""
+        return Fraction(self.gain * 1_000_000, self.unit * self.tick_us)
+
+
+class Budget(NamedTuple):
+    """A limit set on a scope: what it limits, and how much."""
+
+    name: BucketName
+    scale: Scale
 
 
 class BucketState(NamedTuple):

@@ -1,0 +1,1 @@
+"""The HTTP surface: Falcon resources, each a thin driver of a use case."""

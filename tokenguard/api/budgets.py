@@ -1,0 +1,101 @@
+"""``/config/budget``: set, list, show and remove budgets."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from typing import Any
+
+from falcon.asgi import Request, Response
+
+from tokenguard.api.wire import read_body, write_json
+from tokenguard.budgets import MAX_PAGE, Budgets, BudgetState, read_budget, read_name
+from tokenguard.errors import InvalidRequest
+from tokenguard.jsontext import read_object
+from tokenguard.model import BucketName
+
+MAX_BUDGET_BYTES = 16_384
+
+
+class BudgetList:
+    """``POST`` and ``GET /config/budget``.
+
+    Args:
+        budgets: The use cases.
+    """
+
+    def __init__(self, budgets: Budgets) -> None:
+        self._budgets = budgets
+
+    async def on_post(self, req: Request, resp: Response) -> None:
+        """Set or change a budget."""
+        budget, level = read_budget(read_object(await read_body(req, MAX_BUDGET_BYTES)).members)
+        write_json(resp, 200, shown(self._budgets.put(budget, level)))
+
+    async def on_get(self, req: Request, resp: Response) -> None:
+        """List explicit budgets, page by page."""
+        limit, after = _limit(req.get_param("limit")), _after(req.get_param("after"))
+        page, more = self._budgets.page(after, limit)
+        following = None if more is None else base64.urlsafe_b64encode(more).decode()
+        data = [shown(state) for state in page]
+        write_json(resp, 200, {"object": "list", "data": data, "has_more": more is not None, "after": following})
+
+
+class OneBudget:
+    """``GET`` and ``DELETE /config/budget/{scope}/{id}``, with ``?meter=`` and ``?model=``.
+
+    Args:
+        budgets: The use cases.
+    """
+
+    def __init__(self, budgets: Budgets) -> None:
+        self._budgets = budgets
+
+    async def on_get(self, req: Request, resp: Response, scope: str, scope_id: str) -> None:
+        """Show the budget that holds for a scope, explicit or default."""
+        write_json(resp, 200, shown(self._budgets.get(_name(req, scope, scope_id))))
+
+    async def on_delete(self, req: Request, resp: Response, scope: str, scope_id: str) -> None:
+        """Remove an explicit budget; tell what holds now."""
+        default = self._budgets.delete(_name(req, scope, scope_id))
+        write_json(resp, 200, {"deleted": True, "default": None if default is None else shown(default)})
+
+
+def shown(state: BudgetState) -> dict[str, Any]:
+    """Return a budget as the API shows it."""
+    (scope, meter, model), scale = state.budget
+    rate = scale.rate
+    return {
+        "scope": scope.kind,
+        "id": scope.id,
+        "meter": meter,
+        "model": model,
+        "capacity": scale.capacity,
+        "refillPerSec": rate.numerator if rate.denominator == 1 else float(rate),
+        "maxDebt": scale.debt,
+        "level": state.level,
+        "source": "explicit" if state.explicit else "default",
+    }
+
+
+def _name(req: Request, scope: str, scope_id: str) -> BucketName:
+    members: dict[str, Any] = {"scope": scope, "id": scope_id}
+    for field in ("meter", "model"):
+        if (value := req.get_param(field)) is not None:
+            members[field] = value
+    return read_name(members)
+
+
+def _limit(value: str | None) -> int:
+    if value is None:
+        return 100
+    if not value.isascii() or not value.isdigit() or len(value) > 4 or not 1 <= int(value) <= MAX_PAGE:
+        raise InvalidRequest("limit", f"limit must be a whole number from 1 to {MAX_PAGE}, got {value!r}")
+    return int(value)
+
+
+def _after(value: str | None) -> bytes:
+    try:
+        return base64.urlsafe_b64decode(value or "")
+    except (binascii.Error, ValueError):
+        raise InvalidRequest("after", f"after must be what a page gave as after, got {value!r}") from None

@@ -1,0 +1,33 @@
+"""``GET /``: is it alive, and what is it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from falcon.asgi import Request, Response
+
+from tokenguard import __version__
+from tokenguard.api.wire import write_json
+from tokenguard.backends import Backend
+
+
+class Health:
+    """``GET /``.
+
+    Args:
+        backend: Where the buckets live.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    async def on_get(self, req: Request, resp: Response) -> None:  # noqa: ARG002
+        """Tell what is running, and the time."""
+        now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        state = {
+            "name": "tokenguard",
+            "version": __version__,
+            "status": "ok",
+            "backend": self._backend.describe(),
+        }
+        write_json(resp, 200, {**state, "time": now})

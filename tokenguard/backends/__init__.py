@@ -1,0 +1,60 @@
+"""Where buckets and budgets live. Every backend decides alike, to the unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from tokenguard._bucket import Outcome
+from tokenguard.model import BucketName, Budget
+
+Handle = Any
+"""A plan made ready by a backend: its own business."""
+
+
+class Backend(Protocol):
+    """What the use cases ask of a place where buckets and budgets live.
+
+    Times are µs of wall-clock time; None is now, by the backend's own clock.
+    """
+
+    @property
+    def epoch(self) -> int:
+        """What moves with every change of a budget; only equality says anything."""
+
+    def describe(self) -> str:
+        """Return what this backend is, for the start-up line and health."""
+
+    def find(self, name: BucketName) -> Budget | None:
+        """Return the explicit budget of that name."""
+
+    def budgets(self) -> list[Budget]:
+        """Return all explicit budgets, in the order of their names."""
+
+    def prepare(self, budgets: Sequence[Budget], epoch: int | None = None) -> Handle:
+        """Make a plan ready, whose budgets were read under ``epoch`` (None: now's)."""
+
+    def reserve(self, handle: Handle, costs: tuple[int, ...], now_us: int | None = None) -> Outcome:
+        """Take each cost from all buckets of the plan, or from none.
+
+        Raises:
+            StaleHandle: A budget changed since ``epoch``.
+            TableFull: There is no room for a new bucket.
+            TableBusy: The table's lock was not to be had.
+        """
+
+    def settle(self, handle: Handle, deltas: tuple[int, ...], now_us: int | None = None) -> int:
+        """Charge each bucket its delta, of either sign; return how many tokens were forgiven."""
+
+    def peek(self, handle: Handle, now_us: int | None = None) -> Outcome:
+        """Return the buckets as a reserve would find them."""
+
+    def put(self, budget: Budget, level: int | None = None, now_us: int | None = None) -> None:
+        """Set an explicit budget, and its bucket's level if given; it holds for the next call."""
+
+    def drop(self, name: BucketName, default: Budget | None, now_us: int | None = None) -> None:
+        """Remove an explicit budget; ``default`` is what holds in its stead.
+
+        Raises:
+            BudgetNotFound: There is none.
+        """

@@ -1,0 +1,147 @@
+"""Set, list and remove budgets: the use cases, and the checks of what people type."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from tokenguard import arithmetic
+from tokenguard.backends import Backend
+from tokenguard.errors import BudgetNotFound, InvalidRequest
+from tokenguard.jsontext import shown, whole_number
+from tokenguard.model import GLOBAL, GLOBAL_ID, SCOPE_KINDS, BucketName, Budget, Meter, Scope, checked_name
+from tokenguard.plan import Plans
+
+MAX_PAGE = 1000
+
+_FIELDS = ("scope", "id", "capacity", "refillPerSec", "meter", "model", "maxDebt", "level")
+
+
+class BudgetState(NamedTuple):
+    """A budget and what its bucket holds now.
+
+    Attributes:
+        budget: The budget.
+        explicit: Whether somebody set it; else it is a default.
+        level: Whole tokens or requests, rounded down; below 0 is debt.
+    """
+
+    budget: Budget
+    explicit: bool
+    level: int
+
+
+class Budgets:
+    """The use cases.
+
+    Args:
+        backend: Where the budgets live.
+        plans: What knows the defaults.
+    """
+
+    def __init__(self, backend: Backend, plans: Plans) -> None:
+        self._backend = backend
+        self._plans = plans
+
+    def put(self, budget: Budget, level: int | None = None) -> BudgetState:
+        """Set or change a budget; what was used stays used, unless a level is given.
+
+        Raises:
+            TableFull: A level was given and there is no room for a bucket; nothing was changed.
+        """
+        self._backend.put(budget, level)
+        return self._state(budget, explicit=True)
+
+    def get(self, name: BucketName) -> BudgetState:
+        """Return the budget that holds for a scope, explicit or default.
+
+        Raises:
+            BudgetNotFound: Neither is there: it is unlimited.
+        """
+        if (budget := self._backend.find(name)) is not None:
+            return self._state(budget, explicit=True)
+        if (budget := self._plans.default(name)) is not None:
+            return self._state(budget, explicit=False)
+        raise BudgetNotFound(f"there is no budget for {name}: it is unlimited")
+
+    def delete(self, name: BucketName) -> BudgetState | None:
+        """Remove an explicit budget; return the default that holds in its stead, if there is one.
+
+        Raises:
+            BudgetNotFound: There is no explicit one.
+        """
+        default = self._plans.default(name)
+        self._backend.drop(name, default)
+        return None if default is None else self._state(default, explicit=False)
+
+    def page(self, after: bytes, limit: int) -> tuple[list[BudgetState], bytes | None]:
+        """Return explicit budgets in the order of their keys, and the key to go on after if there are more.
+
+        Args:
+            after: The key behind which to begin; empty for the first page.
+            limit: How many at most.
+        """
+        budgets = [budget for budget in self._backend.budgets() if budget.name.key > after]
+        page = [self._state(budget, explicit=True) for budget in budgets[:limit]]
+        return page, budgets[limit - 1].name.key if len(budgets) > limit else None
+
+    def _state(self, budget: Budget, *, explicit: bool) -> BudgetState:
+        handle = self._backend.prepare([budget])
+        return BudgetState(budget, explicit, self._backend.peek(handle).level(0))
+
+
+def read_budget(members: dict[str, Any]) -> tuple[Budget, int | None]:
+    """Read a budget, and the level to set if there is one, as ``POST /config/budget`` takes them.
+
+    Raises:
+        InvalidValue: A field is unknown, missing or out of bounds; the message says which.
+    """
+    for field in members:
+        if field not in _FIELDS:
+            raise InvalidRequest(field, f"{field} is not a field of a budget; allowed are {', '.join(_FIELDS)}")
+    name = read_name(members)
+    capacity = whole_number(members, "capacity", 1, arithmetic.MAX_CAPACITY)
+    rate = _rate(members)
+    debt_bound = arithmetic.MAX_UNITS - capacity
+    max_debt = arithmetic.DEFAULT_DEBT * capacity
+    if members.get("maxDebt") is not None:
+        max_debt = whole_number(members, "maxDebt", 0, debt_bound)
+    scale = arithmetic.scale(capacity, arithmetic.read_rate(rate), max_debt)
+    level = None
+    if members.get("level") is not None:
+        level = whole_number(members, "level", -max_debt, capacity)
+    return Budget(name, scale), level
+
+
+def read_name(members: dict[str, Any]) -> BucketName:
+    """Read what a budget limits: ``scope``, ``id`` and, if given, ``meter`` and ``model``.
+
+    Raises:
+        InvalidValue: A field is missing or out of bounds; the message says which.
+    """
+    kind = members.get("scope")
+    if kind not in SCOPE_KINDS:
+        raise InvalidRequest(
+            "scope", f"scope must be one of {', '.join(SCOPE_KINDS)}, got {shown(members, 'scope')}"
+        )
+    id_ = members.get("id", GLOBAL_ID if kind == GLOBAL else None)
+    if not isinstance(id_, str):
+        raise InvalidRequest("id", f"id must be a string, got {shown(members, 'id')}")
+    if kind == GLOBAL and id_ != GLOBAL_ID:
+        raise InvalidRequest("id", f'id of scope global must be "{GLOBAL_ID}" (or left out), got {id_!r}')
+    meter, model = members.get("meter") or Meter.TOKENS, members.get("model")
+    if meter not in tuple(Meter):
+        raise InvalidRequest("meter", f"meter must be one of {', '.join(Meter)}, got {shown(members, 'meter')}")
+    if model is not None and not isinstance(model, str):
+        raise InvalidRequest("model", f"model must be a string, got {shown(members, 'model')}")
+    scope = Scope(kind, checked_name("id", id_))
+    return BucketName(scope, Meter(meter), None if model is None else checked_name("model", model))
+
+
+def _rate(members: dict[str, Any]) -> float:
+    value: Any = members.get("refillPerSec")
+    if type(value) not in (int, float) or not 0 <= value <= arithmetic.MAX_RATE:
+        raise InvalidRequest(
+            "refillPerSec",
+            f"refillPerSec must be a number from 0 to 10^12, got {shown(members, 'refillPerSec')}",
+        )
+    return float(value)

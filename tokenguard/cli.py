@@ -1,0 +1,113 @@
+"""The command line: ``tokenguard serve``, ``tokenguard demo``."""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import click
+import uvicorn
+
+from tokenguard import __version__
+from tokenguard.asgi import create_app, environment, provider
+from tokenguard.config import Config, read_config
+from tokenguard.demo import DemoUpstream
+from tokenguard.errors import TokenGuardError
+from tokenguard.upstream import Upstream
+
+
+class Cli(click.Group):
+    """Shows an error of ours as one line, not as a traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except TokenGuardError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tokenguard", message="%(prog)s %(version)s")
+def main() -> None:
+    """Keep every team, role and user of a shared LLM account within its token budget."""
+
+
+_host = click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+_port = click.option(
+    "--port",
+    default=8000,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="The port; 0 picks a free one.",
+)
+
+
+@main.command()
+@_host
+@_port
+def serve(host: str, port: int) -> None:
+    """Guard the provider that OPENAI_BASE_URL names, with the key in OPENAI_API_KEY."""
+    config = _config()
+    _run(config, provider(config), host, port)
+
+
+@main.command()
+@_host
+@_port
+def demo(host: str, port: int) -> None:
+    """Guard a built-in upstream that says it is a demo, and needs no key."""
+    _run(_config(), DemoUpstream(), host, port)
+
+
+def _config() -> Config:
+    return read_config(environment())
+
+
+def _run(config: Config, upstream: Upstream, host: str, port: int) -> None:
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    for noisy in ("httpx", "httpcore"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)  # they log URLs and headers
+    app = create_app(config, upstream)
+    settings = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=config.shutdown_timeout_s,
+    )
+    Server(settings, _limits(config), upstream.describe()).run()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which says in one line where it listens and what it guards."""
+
+    def __init__(self, config: uvicorn.Config, limits: str, upstream: str) -> None:
+        super().__init__(config)
+        self._limits = limits
+        self._upstream = upstream
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, then say so."""
+        await super().startup(sockets)
+        if self.started:
+            listening = self.servers[0].sockets[0].getsockname()
+            host = f"[{listening[0]}]" if ":" in listening[0] else listening[0]
+            click.echo(
+                f"tokenguard {__version__} on http://{host}:{listening[1]} · memory · upstream {self._upstream} · "
+                f"{self._limits}"
+            )
+
+
+def _limits(config: Config) -> str:
+    return " · ".join(
+        f"{kind} {scale.capacity} tokens, {float(scale.rate):g}/s" for kind, scale in config.defaults.items()
+    )

@@ -1,0 +1,245 @@
+"""The only reader of the environment. Every setting stands in ``SETTINGS``, once."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from tokenguard import arithmetic
+from tokenguard.errors import InvalidSetting, InvalidValue
+from tokenguard.model import SCOPE_KINDS, Scale
+
+PREFIX = "TOKENGUARD_"
+UNLIMITED = "unlimited"
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What TokenGuard was told.
+
+    Attributes:
+        openai_api_key: The provider's key; None if there is none.
+        openai_base_url: Where the provider's API begins.
+        openai_organization: The organization that pays, if the key has several.
+        openai_project: The project that pays, if the key has several.
+        defaults: For each kind of scope the tokens that an id without a budget of its own gets.
+        admin_token: What opens the admin endpoints; None opens them to peers nearby.
+        admin_allow: Where such peers may be.
+        buckets: How many buckets the table holds.
+        max_body_bytes: The longest body that is read.
+        connect_timeout_s: For a connection to the provider.
+        read_timeout_s: For the provider to begin its answer, and between two pieces of it.
+        max_connections: To the provider, at most.
+        shutdown_timeout_s: How long running calls may take to end when the server is told to stop.
+        ask_for_usage: Whether to ask for a stream's usage where the caller did not.
+    """
+
+    openai_base_url: str
+    defaults: Mapping[str, Scale]
+    admin_allow: tuple[Network, ...]
+    buckets: int
+    max_body_bytes: int
+    connect_timeout_s: float
+    read_timeout_s: float
+    max_connections: int
+    shutdown_timeout_s: int
+    ask_for_usage: bool
+    openai_api_key: str | None = field(default=None, repr=False)
+    openai_organization: str | None = None
+    openai_project: str | None = None
+    admin_token: str | None = field(default=None, repr=False)
+
+
+def _text(value: str) -> str:
+    if not value.isascii() or not value.isprintable():
+        raise ValueError("printable ASCII")
+    return value
+
+
+def _secret(value: str) -> str:
+    try:
+        return _text(value)
+    except ValueError:
+        raise ValueError("printable ASCII (the value is not shown)") from None
+
+
+def _url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment:
+        raise ValueError("a URL with http:// or https:// and a host")
+    return value
+
+
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    def read(value: str) -> int:
+        if not value.isascii() or not value.isdigit() or not least <= int(value) <= most:
+            raise ValueError(f"a whole number from {least} to {most}")
+        return int(value)
+
+    return read
+
+
+def _seconds(value: str) -> float:
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0.001 <= seconds <= 86_400:
+        raise ValueError("seconds, from 0.001 to 86400")
+    return seconds
+
+
+def _switch(value: str) -> bool:
+    if value not in ("on", "off"):
+        raise ValueError("on or off")
+    return value == "on"
+
+
+def _networks(value: str) -> tuple[Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(part.strip()) for part in value.split(","))
+    except ValueError:
+        raise ValueError("networks such as 127.0.0.0/8,::1/128") from None
+
+
+def _capacity(value: str) -> int | None:
+    if value == UNLIMITED:
+        return None
+    try:
+        return _whole(1, arithmetic.MAX_CAPACITY)(value)
+    except ValueError:
+        raise ValueError(f"a whole number from 1 to {arithmetic.MAX_CAPACITY}, or {UNLIMITED}") from None
+
+
+def _rate(value: str) -> float:
+    try:
+        rate = float(value)
+    except ValueError:
+        rate = math.nan
+    if not 0 <= rate <= arithmetic.MAX_RATE:
+        raise ValueError("a number from 0 to 10^12")
+    return rate
+
+
+class Setting(NamedTuple):
+    """One setting of the environment.
+
+    Attributes:
+        read: Returns the value, or raises ValueError with what is allowed.
+        default: As it would be typed; None for none.
+        secret: Whether its value must not be shown.
+    """
+
+    read: Callable[[str], Any]
+    default: str | None = None
+    secret: bool = False
+
+
+SETTINGS: dict[str, Setting] = {
+    "OPENAI_API_KEY": Setting(_secret, secret=True),
+    "OPENAI_BASE_URL": Setting(_url, "https://api.openai.com/v1"),
+    "OPENAI_ORG_ID": Setting(_text),
+    "OPENAI_PROJECT_ID": Setting(_text),
+    "REDIS_URL": Setting(_secret, secret=True),
+    "CAP_GLOBAL": Setting(_capacity, "10000"),
+    "RATE_GLOBAL": Setting(_rate, "50"),
+    "CAP_TEAM": Setting(_capacity, "5000"),
+    "RATE_TEAM": Setting(_rate, "25"),
+    "CAP_ROLEGROUP": Setting(_capacity),
+    "RATE_ROLEGROUP": Setting(_rate),
+    "CAP_ROLE": Setting(_capacity),
+    "RATE_ROLE": Setting(_rate),
+    "CAP_USER": Setting(_capacity, "1000"),
+    "RATE_USER": Setting(_rate, "5"),
+    "TOKENGUARD_ADMIN_TOKEN": Setting(_secret, secret=True),
+    "TOKENGUARD_ADMIN_ALLOW": Setting(_networks, "127.0.0.0/8,::1/128"),
+    "TOKENGUARD_BUCKETS": Setting(_whole(1, 10_000_000), "500000"),
+    "TOKENGUARD_MAX_BODY_BYTES": Setting(_whole(1, 2**30), str(20 * 2**20)),
+    "TOKENGUARD_CONNECT_TIMEOUT_S": Setting(_seconds, "5"),
+    "TOKENGUARD_READ_TIMEOUT_S": Setting(_seconds, "600"),
+    "TOKENGUARD_MAX_CONNECTIONS": Setting(_whole(1, 65_535), "256"),
+    "TOKENGUARD_SHUTDOWN_TIMEOUT_S": Setting(_whole(0, 86_400), "30"),
+    "TOKENGUARD_ASK_FOR_USAGE": Setting(_switch, "on"),
+}
+"""Every setting. An empty value is as good as none."""
+
+
+def read_config(environ: Mapping[str, str]) -> Config:
+    """Return what the environment says.
+
+    Raises:
+        InvalidSetting: A value cannot be used, or a name that begins like ours is not one of ours.
+    """
+    _check_names(environ)
+    values = {name: _read(environ, name) for name in SETTINGS}
+    if values["REDIS_URL"] is not None:
+        raise InvalidSetting(
+            "REDIS_URL",
+            "REDIS_URL is set, but this version keeps its buckets in memory only; unset it to go on without "
+            "sharing them between nodes",
+        )
+    return Config(
+        openai_api_key=values["OPENAI_API_KEY"],
+        openai_base_url=values["OPENAI_BASE_URL"],
+        openai_organization=values["OPENAI_ORG_ID"],
+        openai_project=values["OPENAI_PROJECT_ID"],
+        defaults=_defaults(values),
+        admin_token=values["TOKENGUARD_ADMIN_TOKEN"],
+        admin_allow=values["TOKENGUARD_ADMIN_ALLOW"],
+        buckets=values["TOKENGUARD_BUCKETS"],
+        max_body_bytes=values["TOKENGUARD_MAX_BODY_BYTES"],
+        connect_timeout_s=values["TOKENGUARD_CONNECT_TIMEOUT_S"],
+        read_timeout_s=values["TOKENGUARD_READ_TIMEOUT_S"],
+        max_connections=values["TOKENGUARD_MAX_CONNECTIONS"],
+        shutdown_timeout_s=values["TOKENGUARD_SHUTDOWN_TIMEOUT_S"],
+        ask_for_usage=values["TOKENGUARD_ASK_FOR_USAGE"],
+    )
+
+
+def _check_names(environ: Mapping[str, str]) -> None:
+    for name in environ:
+        if name.startswith(PREFIX) and name not in SETTINGS:
+            near = difflib.get_close_matches(name, SETTINGS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_ours())}"
+            raise InvalidSetting(name, f"{name} is not a setting: {hint}")
+
+
+def _ours() -> list[str]:
+    return [name for name in SETTINGS if name.startswith(PREFIX)]
+
+
+def _read(environ: Mapping[str, str], name: str) -> Any:  # noqa: ANN401 - as the setting's reader says
+    setting = SETTINGS[name]
+    value = environ.get(name, "").strip() or setting.default
+    if value is None:
+        return None
+    try:
+        return setting.read(value)
+    except ValueError as error:
+        shown = "a value" if setting.secret else repr(value)
+        raise InvalidSetting(name, f"{name} must be {error}, got {shown}") from None
+
+
+def _defaults(values: Mapping[str, Any]) -> dict[str, Scale]:
+    defaults = {}
+    for kind in SCOPE_KINDS:
+        cap_name, rate_name = f"CAP_{kind.upper()}", f"RATE_{kind.upper()}"
+        capacity, rate = values[cap_name], values[rate_name]
+        if capacity is None:
+            continue
+        if rate is None:
+            raise InvalidSetting(rate_name, f"{rate_name} must be set where {cap_name} is, got nothing")
+        try:
+            defaults[kind] = arithmetic.scale(
+                capacity, arithmetic.read_rate(rate), arithmetic.DEFAULT_DEBT * capacity
+            )
+        except InvalidValue as error:
+            raise InvalidSetting(rate_name, f"{cap_name} and {rate_name} do not go together: {error}") from None
+    return defaults

@@ -1,0 +1,327 @@
+"""One proxied call, from request to settlement, WITHOUT I/O.
+
+A driver (ASGI, WSGI, the fast lane) moves the bytes and asks the exchange what they mean::
+
+    asked = exchange.begin(headers, body)         # Ask, or an Answer: done
+    reserved = limiter.reserve(*asked)
+    request = exchange.reserved(reserved)         # UpstreamRequest, or an Answer: done
+    head = exchange.answered(status, headers)     # of the provider's answer; pass it on
+    passed = exchange.feed(chunk)                 # for each piece of its body; pass it on
+    end = exchange.finish()                       # or abort(error): pass on end.rest, carry out end.settlement
+
+However a call ends, exactly one of ``finish`` and ``abort`` yields its settlement; asked again, they yield none.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tokenguard import refusal
+from tokenguard.errors import InvalidRequest, TokenGuardError, UpstreamError
+from tokenguard.estimate import Estimate, Estimator
+from tokenguard.limiter import Limiter, Reservation
+from tokenguard.model import Answer, Decision, Head, Headers, Identity, UpstreamRequest, Usage, checked_name
+from tokenguard.providers.openai import CHAT_PATH, ChatRequest, EventStream, JsonAnswer, read_chat
+
+IDENTITY_HEADERS = {
+    b"x-user-id": "user",
+    b"x-team-id": "team",
+    b"x-role": "role",
+    b"x-llm-rolegroup": "rolegroup",
+}
+
+_HOP_BY_HOP = frozenset(
+    (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
+     b"trailer", b"transfer-encoding", b"upgrade")
+)  # fmt: skip
+_NOT_TO_UPSTREAM = _HOP_BY_HOP | frozenset(
+    (
+        # what the hop to the provider sets itself
+        *(b"host", b"content-length", b"content-type", b"accept-encoding", b"expect"),
+        # the caller's credentials, and the choice of the account that pays
+        *(b"authorization", b"cookie", b"api-key", b"x-api-key", b"openai-organization", b"openai-project"),
+        # who calls, and from where: nobody else's business
+        *IDENTITY_HEADERS,
+        *(b"forwarded", b"via", b"x-real-ip"),
+    )
+)
+_NOT_TO_CALLER = _HOP_BY_HOP | frozenset(
+    # what speaks of the provider's host, where the caller sees ours
+    (b"date", b"server", b"set-cookie", b"alt-svc", b"strict-transport-security")
+)
+
+
+class Ask(NamedTuple):
+    """What to reserve: the arguments of ``Limiter.reserve``."""
+
+    identity: Identity
+    model: str
+    prompt: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What is to become of a reservation.
+
+    Attributes:
+        reservation: The reservation.
+        tokens: What the call took; 0 gives everything back but the request; None leaves all of it spent.
+    """
+
+    reservation: Reservation
+    tokens: int | None
+
+    def apply(self, limiter: Limiter) -> None:
+        """Carry it out."""
+        if self.tokens is None:
+            self.reservation.close()
+        else:
+            limiter.settle(self.reservation, self.tokens)
+
+
+class End(NamedTuple):
+    """How a call ended.
+
+    Attributes:
+        settlement: What to do with the reservation; None if that has been said before.
+        rest: Bytes still to be passed on to the caller.
+        answer: What to answer instead, if nothing has been passed on yet.
+    """
+
+    settlement: Settlement | None = None
+    rest: bytes = b""
+    answer: Answer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is the same for all exchanges.
+
+    Attributes:
+        credentials: Header fields that authenticate us to the provider.
+        estimator: Estimates calls, and learns from them.
+        ask_for_usage: Whether to ask for a stream's usage where the caller did not.
+        jitter: Returns a number from 0 to 1 for each refusal.
+    """
+
+    credentials: Headers
+    estimator: Estimator
+    ask_for_usage: bool = True
+    jitter: Callable[[], float] = random.random
+
+
+class Exchange:
+    """One call for a chat completion.
+
+    Args:
+        terms: What is the same for all calls.
+    """
+
+    def __init__(self, terms: Terms) -> None:
+        self._terms = terms
+        self._body: bytes
+        self._request: ChatRequest
+        self._identity: Identity
+        self._estimate: Estimate
+        self._forwarded: Headers
+        self._reservation: Reservation | None = None
+        self._reader: JsonAnswer | EventStream | None = None
+        self._decoder: Decoder | None = None
+        self._refused = False
+
+    @property
+    def stream(self) -> bool:
+        """Whether the caller asked for a stream."""
+        return self._request.stream
+
+    def begin(self, headers: Headers, body: bytes) -> Ask | Answer:
+        """Read a request; return what to reserve for it, or the answer if it cannot be one."""
+        try:
+            self._identity = read_identity(headers)
+            if any(name == b"content-encoding" for name, _ in headers):
+                return refusal.problem(
+                    415, "a body with a content-encoding is not read; send it plain", "invalid_request_error",
+                    "unsupported_content_encoding", "content-encoding",
+                )  # fmt: skip
+            request = self._request = read_chat(body)
+        except InvalidRequest as error:
+            return refusal.error_answer(error)
+        self._body = body
+        self._forwarded = forwarded_headers(headers, self._terms.credentials)
+        self._estimate = self._terms.estimator.estimate(
+            request.model,
+            self._identity.user,
+            text_bytes=request.text_bytes,
+            extra_tokens=request.extra_tokens,
+            choices=request.choices,
+            output_cap=request.output_cap,
+        )
+        return Ask(self._identity, request.model, *self._estimate)
+
+    def reserved(self, reserved: Reservation | Decision) -> UpstreamRequest | Answer:
+        """Take in what came of reserving; return the request to forward, or the refusal."""
+        if isinstance(reserved, Decision):
+            return refusal.refuse(reserved, self._terms.jitter())
+        self._reservation = reserved
+        body = self._request.body_with_usage() if self._adds_usage else self._body
+        headers = [*self._forwarded, (b"content-type", b"application/json")]
+        return UpstreamRequest("POST", CHAT_PATH, headers, body, stream=self._request.stream)
+
+    @property
+    def _adds_usage(self) -> bool:
+        return self._terms.ask_for_usage and self._request.stream and not self._request.asks_for_usage
+
+    def answered(self, status: int, headers: Headers) -> Head:
+        """Take in the head of the provider's answer; return the head to pass on."""
+        fields = dict(headers)
+        encoding = fields.get(b"content-encoding", b"identity").strip().lower()
+        self._refused = status >= 400
+        self._decoder = decoder_for(encoding)
+        readable = encoding == b"identity" or self._decoder is not None
+        if readable and fields.get(b"content-type", b"").startswith(b"text/event-stream"):
+            self._reader = EventStream(swallow_usage=self._adds_usage)
+        else:
+            self._reader = JsonAnswer()
+        changed = self._decoder is not None or isinstance(self._reader, EventStream)
+        passed = returned_headers(headers, drop_length=changed, drop_encoding=self._decoder is not None)
+        if self._reservation is not None:
+            passed += refusal.limit_headers(self._reservation.decision)
+        return Head(status, passed)
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take in a piece of the provider's body; return what to pass on, which may be nothing.
+
+        Raises:
+            UpstreamError: The piece cannot be decoded.
+        """
+        if self._decoder is not None:
+            chunk = self._decoder.decode(chunk)
+        return self._reader.feed(chunk) if self._reader is not None else chunk
+
+    def finish(self) -> End:
+        """The provider's answer has come to its end."""
+        rest = self._reader.rest() if self._reader is not None else b""
+        return End(self._settlement(), rest)
+
+    def abort(self, error: TokenGuardError | None = None) -> End:
+        """The call broke off.
+
+        Args:
+            error: What failed; None if the caller went away.
+        """
+        never_sent = isinstance(error, UpstreamError) and not error.sent
+        settlement = self._settlement(refund=never_sent)
+        if error is None or self._reader is not None:
+            return End(settlement)
+        return End(settlement, answer=refusal.error_answer(error))
+
+    def _settlement(self, *, refund: bool = False) -> Settlement | None:
+        reservation, self._reservation = self._reservation, None
+        if reservation is None:
+            return None
+        if refund or self._refused:
+            return Settlement(reservation, 0)
+        if self._reader is None:
+            return Settlement(reservation, None)
+        if usage := self._reader.usage:
+            self._learn(usage)
+            return Settlement(reservation, usage.total)
+        if streamed := self._reader.streamed_tokens:
+            return Settlement(reservation, self._estimate.prompt + streamed)
+        return Settlement(reservation, None)
+
+    def _learn(self, usage: Usage) -> None:
+        request = self._request
+        self._terms.estimator.learn(
+            request.model,
+            self._identity.user,
+            text_bytes=0 if request.attachments else request.text_bytes,
+            prompt_tokens=usage.prompt - request.extra_tokens,
+            choices=request.choices,
+            output_tokens=usage.completion,
+        )
+
+
+def read_identity(headers: Headers) -> Identity:
+    """Return who calls.
+
+    Raises:
+        InvalidRequest: A field is malformed or given twice, or the user is missing.
+    """
+    found: dict[str, str] = {}
+    for name, value in headers:
+        if (part := IDENTITY_HEADERS.get(name)) is None:
+            continue
+        shown = name.decode()
+        if part in found:
+            raise InvalidRequest(shown, f"header {shown} is given more than once")
+        try:
+            found[part] = checked_name(shown, value.decode())
+        except UnicodeDecodeError:
+            raise InvalidRequest(shown, f"header {shown} must be UTF-8, got {value[:80]!r}") from None
+    if "user" not in found:
+        raise InvalidRequest("x-user-id", "header x-user-id is required: it names the user who calls")
+    return Identity(**found)
+
+
+def forwarded_headers(headers: Headers, credentials: Headers) -> Headers:
+    """Return what travels to the provider: the caller's fields but those between us two, and our credentials."""
+    dropped = _NOT_TO_UPSTREAM | _listed_in_connection(headers)
+    kept = [
+        (name, value)
+        for name, value in headers
+        if name not in dropped and not name.startswith((b"x-forwarded-", b"x-tokenguard-"))
+    ]
+    return [*kept, (b"accept-encoding", b"identity"), *credentials]
+
+
+def returned_headers(headers: Headers, *, drop_length: bool, drop_encoding: bool) -> Headers:
+    """Return what travels back to the caller; the provider's own limits under a name of their own."""
+    dropped = _NOT_TO_CALLER | _listed_in_connection(headers)
+    if drop_length:
+        dropped |= {b"content-length"}
+    if drop_encoding:
+        dropped |= {b"content-encoding"}
+    return [
+        (b"x-upstream" + name[1:] if name.startswith(b"x-ratelimit-") else name, value)
+        for name, value in headers
+        if name not in dropped
+    ]
+
+
+def _listed_in_connection(headers: Headers) -> frozenset[bytes]:
+    listed = (value.lower().split(b",") for name, value in headers if name == b"connection")
+    return frozenset(name.strip() for names in listed for name in names)
+
+
+class Decoder:
+    """Undoes a compression that the provider applied though we asked for none."""
+
+    def __init__(self, window_bits: int) -> None:
+        self._zlib = zlib.decompressobj(window_bits)
+
+    def decode(self, chunk: bytes) -> bytes:
+        """Return what ``chunk`` adds to the plain text.
+
+        Raises:
+            UpstreamError: It is not what it says it is.
+        """
+        try:
+            return self._zlib.decompress(chunk)
+        except zlib.error as error:
+            raise UpstreamError(f"the provider's compressed answer is damaged: {error}", sent=True) from None
+
+
+def decoder_for(encoding: bytes) -> Decoder | None:
+    """Return what decodes a content-encoding; None for none, and for one that is passed on as it is."""
+    match encoding:
+        case b"gzip" | b"x-gzip":
+            return Decoder(16 + zlib.MAX_WBITS)
+        case b"deflate":
+            return Decoder(zlib.MAX_WBITS)
+    return None

@@ -1,0 +1,141 @@
+"""Reserve, settle, refund, peek: what TokenGuard does, without HTTP and without knowing where buckets live."""
+
+from __future__ import annotations
+
+from tokenguard._bucket import Outcome
+from tokenguard.backends import Backend
+from tokenguard.errors import AlreadySettled, StaleHandle
+from tokenguard.model import BucketState, Decision, Identity
+from tokenguard.plan import Plan, Plans
+
+_TRIES = 8
+"""How often a plan is resolved anew because a budget changed meanwhile, before the caller hears of it."""
+
+
+class Reservation:
+    """What a call took from every bucket of its plan. It is settled, refunded or kept: once.
+
+    Attributes:
+        plan: The buckets.
+        costs: What was taken from each.
+    """
+
+    __slots__ = ("_open", "_outcome", "costs", "plan")
+
+    def __init__(self, plan: Plan, costs: tuple[int, ...], outcome: Outcome) -> None:
+        self.plan = plan
+        self.costs = costs
+        self._outcome = outcome
+        self._open = True
+
+    @property
+    def decision(self) -> Decision:
+        """The decision that allowed it: every bucket as the reserve left it."""
+        return _decision(self.plan, self._outcome)
+
+    def close(self) -> None:
+        """Mark it as dealt with.
+
+        Raises:
+            AlreadySettled: It has been before.
+        """
+        try:
+            del self._open  # atomic, where reading and writing a flag is not: of two threads one gets through
+        except AttributeError:
+            raise AlreadySettled("the reservation has been settled or refunded before") from None
+
+
+class Limiter:
+    """The use cases.
+
+    Args:
+        backend: Where the buckets live.
+        plans: What a call must pass.
+    """
+
+    def __init__(self, backend: Backend, plans: Plans) -> None:
+        self._backend = backend
+        self._plans = plans
+
+    def reserve(
+        self, identity: Identity, model: str, prompt: int, total: int, now_us: int | None = None
+    ) -> Reservation | Decision:
+        """Take a call's estimate from every bucket on its path, or from none.
+
+        Args:
+            identity: Who calls.
+            model: Which model.
+            prompt: Tokens expected for the prompt.
+            total: Tokens expected for the prompt and the answers.
+            now_us: The time; None is now.
+
+        Returns:
+            The reservation, or the decision that refused it, with every bucket as before.
+
+        Raises:
+            TableFull: There is no room for a new bucket; nothing was charged.
+            TableBusy: The table's lock was not to be had; nothing was charged.
+            StaleHandle: Budgets changed faster than the plan could be resolved; nothing was charged.
+        """
+        for tries_left in reversed(range(_TRIES)):
+            plan = self._plans.resolve(identity, model)
+            costs = plan.costs(prompt, total)
+            try:
+                outcome = self._backend.reserve(plan.handle, costs, now_us)
+            except StaleHandle:
+                self._plans.forget()
+                if not tries_left:
+                    raise
+            else:
+                break
+        return Reservation(plan, costs, outcome) if outcome.allowed else _decision(plan, outcome)
+
+    def settle(self, reservation: Reservation, tokens: int, now_us: int | None = None) -> int:
+        """Replace what was reserved by what the call took.
+
+        Args:
+            reservation: The reservation; it is closed.
+            tokens: What the call took, at least 0.
+            now_us: The time; None is now.
+
+        Returns:
+            How many tokens fell below the floor of a bucket's debt and are forgiven.
+
+        Raises:
+            AlreadySettled: It has been settled or refunded before; nothing was changed.
+        """
+        reservation.close()
+        plan = reservation.plan
+        return self._backend.settle(plan.handle, plan.deltas(reservation.costs, tokens), now_us)
+
+    def refund(self, reservation: Reservation, now_us: int | None = None) -> None:
+        """Give all tokens back; the request stays counted.
+
+        Raises:
+            AlreadySettled: It has been settled or refunded before; nothing was changed.
+        """
+        self.settle(reservation, 0, now_us)
+
+    def peek(self, identity: Identity, model: str, now_us: int | None = None) -> tuple[BucketState, ...]:
+        """Return every bucket on a call's path as it is now, and change nothing."""
+        plan = self._plans.resolve(identity, model)
+        if plan.handle.epoch != self._backend.epoch:
+            self._plans.forget()
+            plan = self._plans.resolve(identity, model)
+        return _decision(plan, self._backend.peek(plan.handle, now_us)).buckets
+
+
+def _decision(plan: Plan, outcome: Outcome) -> Decision:
+    buckets = tuple(
+        BucketState(
+            name=budget.name,
+            limit=budget.scale.capacity,
+            level=outcome.level(i),
+            cost=outcome.cost(i),
+            wait_us=outcome.wait_us(i),
+            full_in_us=outcome.full_in_us(i),
+        )
+        for i, budget in enumerate(plan.budgets)
+    )
+    binding = None if outcome.allowed else buckets[outcome.binding]
+    return Decision(outcome.allowed, outcome.retry_after_us, binding, buckets)

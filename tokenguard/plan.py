@@ -1,0 +1,102 @@
+"""From who calls which model to the buckets that the call must pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from tokenguard.backends import Backend, Handle
+from tokenguard.model import BucketName, Budget, Identity, Meter, Scale
+
+MAX_PLANS = 8192
+"""How many plans are remembered; the least used is forgotten first."""
+
+
+class Plan:
+    """The buckets that one call must pass, made ready by the backend.
+
+    Attributes:
+        budgets: What limits the call, in the order of the hierarchy.
+        handle: The backend's.
+    """
+
+    __slots__ = ("_counts_tokens", "_small", "budgets", "handle")
+
+    def __init__(self, budgets: Sequence[Budget], handle: Handle) -> None:
+        self.budgets = tuple(budgets)
+        self.handle = handle
+        self._counts_tokens = tuple(budget.name.meter is Meter.TOKENS for budget in budgets)
+        self._small = min(
+            (_half(budget.scale) for budget, tokens in zip(budgets, self._counts_tokens, strict=True) if tokens),
+            default=0,
+        )
+
+    def costs(self, prompt: int, total: int) -> tuple[int, ...]:
+        """Return what a call asks of each bucket: the estimate, capped, or one request.
+
+        A bucket is never asked for more than the larger of the prompt and half of what it holds, so that no
+        call needs a brim-full bucket; what is used beyond becomes debt when the call is settled. Only where
+        half the prompt's estimate exceeds the capacity (estimates err by up to 1.6 times) is the prompt asked
+        for as it is, which can never pass.
+
+        Args:
+            prompt: Tokens expected for the prompt.
+            total: Tokens expected for the prompt and the answers.
+        """
+        if total <= self._small:  # PERF: the common case; row "Limiter" of test_bench_bucket
+            return tuple([total if tokens else 1 for tokens in self._counts_tokens])
+        return tuple(
+            _token_cost(budget.scale, prompt, total) if tokens else 1
+            for budget, tokens in zip(self.budgets, self._counts_tokens, strict=True)
+        )
+
+    def deltas(self, costs: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+        """Return what each bucket is still owed once a call took ``tokens``; requests stay counted."""
+        counted = self._counts_tokens
+        return tuple([tokens - cost if counts else 0 for cost, counts in zip(costs, counted, strict=True)])
+
+
+def _half(scale: Scale) -> int:
+    return (scale.capacity + 1) // 2
+
+
+def _token_cost(scale: Scale, prompt: int, total: int) -> int:
+    if prompt > 2 * scale.capacity:
+        return prompt
+    return min(total, max(prompt, _half(scale)), scale.capacity)
+
+
+class Plans:
+    """Resolves plans and remembers them until a budget changes.
+
+    Args:
+        backend: Where the budgets live.
+        defaults: For each kind of scope the tokens, over all models, that an id without a budget of its own
+            gets. A kind without a default is unlimited.
+    """
+
+    def __init__(self, backend: Backend, defaults: Mapping[str, Scale]) -> None:
+        self._backend = backend
+        self._defaults = dict(defaults)
+        self.resolve = lru_cache(MAX_PLANS)(self._resolve)
+        self.forget = self.resolve.cache_clear
+
+    def default(self, name: BucketName) -> Budget | None:
+        """Return what holds for a scope without a budget of its own."""
+        if name.meter is not Meter.TOKENS or name.model is not None or name.scope.kind not in self._defaults:
+            return None
+        return Budget(name, self._defaults[name.scope.kind])
+
+    def _resolve(self, identity: Identity, model: str) -> Plan:
+        epoch = self._backend.epoch  # before the budgets: if one changes now, the handle is stale
+        budgets = [
+            budget
+            for scope in identity.scopes()
+            for meter in Meter
+            for of_model in (None, model)
+            if (budget := self._budget(BucketName(scope, meter, of_model))) is not None
+        ]
+        return Plan(budgets, self._backend.prepare(budgets, epoch))
+
+    def _budget(self, name: BucketName) -> Budget | None:
+        return self._backend.find(name) or self.default(name)

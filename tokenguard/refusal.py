@@ -1,0 +1,171 @@
+"""How TokenGuard says no: from decisions and errors to status, header fields and body, for every driver.
+
+Source: https://platform.openai.com/docs/guides/rate-limits and the retry rules of the official clients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from tokenguard.errors import (
+    BudgetNotFound,
+    InvalidValue,
+    StaleHandle,
+    TableBusy,
+    TableFull,
+    TokenGuardError,
+    UpstreamError,
+    UpstreamTimeout,
+)
+from tokenguard.model import NEVER_US, Answer, BucketState, Decision, Headers, Meter
+from tokenguard.providers.openai import error_body
+
+JSON = (b"content-type", b"application/json")
+RETRY_WORTHWHILE_US = 60_000_000
+"""Beyond this wait clients are told not to retry by themselves."""
+
+_JITTER_FROM_US = 1_000_000
+_JITTER = 0.1
+_OURS = "This is a TokenGuard budget, not a limit of the provider."
+
+
+def refuse(decision: Decision, jitter: float) -> Answer:
+    """Return the 429 for a refused call.
+
+    Args:
+        decision: The refusal.
+        jitter: 0 to 1; how much of a tenth a wait over 1 s is prolonged by, so that a crowd that is refused
+            together does not come back together.
+    """
+    binding = decision.binding
+    if binding is None:
+        raise ValueError("an allowed decision is not a refusal")
+    wait_us = decision.retry_after_us
+    if _JITTER_FROM_US < wait_us < NEVER_US:
+        wait_us += int(wait_us * _JITTER * jitter)
+    body = error_body(
+        f"{_what(binding, wait_us)} {_OURS}",
+        kind=binding.name.meter,
+        code="rate_limit_exceeded",
+        tokenguard={
+            "scope": str(binding.name.scope),
+            "retryAfterMs": _ms(decision.retry_after_us),
+            "buckets": [_bucket(state) for state in decision.buckets],
+        },
+    )
+    tightest = {binding.name.meter: binding, **_tightest(decision, but=binding.name.meter)}
+    return Answer(429, [JSON, *_retry_headers(wait_us), *_limit_headers(tightest.values())], body)
+
+
+def limit_headers(decision: Decision) -> Headers:
+    """Return the ``x-ratelimit-*`` fields of an allowed call: of each meter's tightest bucket."""
+    return _limit_headers(_tightest(decision).values())
+
+
+def error_answer(error: TokenGuardError) -> Answer:
+    """Return the answer to a request that failed of itself, of us or of the provider."""
+    match error:
+        case InvalidValue():
+            return problem(400, str(error), "invalid_request_error", "invalid_value", error.field)
+        case BudgetNotFound():
+            return problem(404, str(error), "invalid_request_error", "budget_not_found")
+        case UpstreamTimeout():
+            return problem(504, str(error), "upstream_error", "upstream_timeout")
+        case UpstreamError():
+            return problem(502, str(error), "upstream_error", "upstream_unreachable")
+        case TableFull() | TableBusy() | StaleHandle():
+            return problem(
+                503,
+                f"{error}. Nothing was charged.",
+                "service_unavailable_error",
+                "no_bucket",
+                retry_after_s=1,
+            )
+    return problem(500, "The request failed inside TokenGuard.", "server_error", None)
+
+
+def problem(
+    status: int,
+    message: str,
+    kind: str,
+    code: str | None,
+    param: str | None = None,
+    retry_after_s: int = 0,
+) -> Answer:
+    """Return an answer of ours in the provider's error shape."""
+    headers = [JSON]
+    if retry_after_s:
+        headers.append((b"retry-after", b"%d" % retry_after_s))
+    return Answer(status, headers, error_body(message, kind, code, param))
+
+
+def _what(bucket: BucketState, wait_us: int) -> str:
+    state = f"limit {bucket.limit}, remaining {bucket.remaining}, requested {bucket.cost}"
+    if bucket.cost > bucket.limit:
+        return f"Request too large for {bucket.name}: {state}. Waiting does not help: make the prompt shorter."
+    if wait_us >= NEVER_US:
+        return f"Budget used up for {bucket.name}: {state}. It does not refill by itself."
+    return f"Rate limit reached for {bucket.name}: {state}. Please try again in {wait_us / 1e6:.3g}s."
+
+
+def _retry_headers(wait_us: int) -> Headers:
+    headers: Headers = []
+    if wait_us < NEVER_US:
+        headers.append((b"retry-after", b"%d" % max(1, math.ceil(wait_us / 1_000_000))))
+        headers.append((b"retry-after-ms", b"%d" % math.ceil(wait_us / 1000)))
+    if wait_us > RETRY_WORTHWHILE_US:
+        headers.append((b"x-should-retry", b"false"))
+    return headers
+
+
+def _tightest(decision: Decision, but: Meter | None = None) -> dict[Meter, BucketState]:
+    """Return for each meter the bucket with the least in it, the first of equals."""
+    tightest: dict[Meter, BucketState] = {}
+    for state in decision.buckets:
+        meter = state.name.meter
+        if meter is not but and (meter not in tightest or state.level < tightest[meter].level):
+            tightest[meter] = state
+    return tightest
+
+
+def _limit_headers(states: Iterable[BucketState]) -> Headers:
+    headers: Headers = []
+    for state in states:
+        meter = state.name.meter.encode()
+        headers.append((b"x-ratelimit-limit-" + meter, b"%d" % state.limit))
+        headers.append((b"x-ratelimit-remaining-" + meter, b"%d" % state.remaining))
+        if state.full_in_us < NEVER_US:
+            headers.append((b"x-ratelimit-reset-" + meter, duration(state.full_in_us).encode()))
+    return headers
+
+
+def _bucket(state: BucketState) -> dict[str, object]:
+    name = state.name
+    return {
+        "scope": name.scope.kind,
+        "id": name.scope.id,
+        "meter": name.meter,
+        "model": name.model,
+        "limit": state.limit,
+        "remaining": state.remaining,
+        "level": state.level,
+        "requested": state.cost,
+        "allowed": state.wait_us == 0,
+        "retryAfterMs": _ms(state.wait_us),
+    }
+
+
+def _ms(wait_us: int) -> int | None:
+    return None if wait_us >= NEVER_US else math.ceil(wait_us / 1000)
+
+
+def duration(us: int) -> str:
+    """Return a time as the provider writes it, rounded up to the millisecond: 12ms, 8.64s, 6m0s, 1h0m2s."""
+    ms = math.ceil(us / 1000)
+    if ms < 1000:
+        return f"{ms}ms"
+    minutes, ms = divmod(ms, 60_000)
+    hours, minutes = divmod(minutes, 60)
+    seconds = f"{ms / 1000:.3f}".rstrip("0").rstrip(".") + "s"
+    return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + seconds
