@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 import uvicorn
@@ -68,11 +70,12 @@ def _run(config: Config, upstream: Upstream, host: str, port: int) -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     for noisy in ("httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)  # they log URLs and headers
+    # The app cuts a connection by not completing the answer, and says why itself.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in record.msg)
+    listening = _listen(host, port)
     app = create_app(config, upstream)
     settings = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         loop="uvloop",
         http="httptools",
         ws="none",
@@ -84,7 +87,15 @@ def _run(config: Config, upstream: Upstream, host: str, port: int) -> None:
         proxy_headers=False,
         timeout_graceful_shutdown=config.shutdown_timeout_s,
     )
-    Server(settings, _limits(config), upstream.describe()).run()
+    Server(settings, _limits(config), upstream.describe()).run([listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise click.ClickException(f"cannot listen on {host} port {port}: {error.strerror}") from error
 
 
 class Server(uvicorn.Server):
@@ -94,6 +105,13 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._limits = limits
         self._upstream = upstream
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on a signal, and be done then: uvicorn would raise it anew and so exit with an error."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen, then say so."""

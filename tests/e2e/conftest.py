@@ -1,0 +1,160 @@
+"""The real server as a process, a fake upstream, real clients."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.fake_openai import FakeOpenAI, Serving
+
+OUR_KEY = "sk-ours-0123456789"
+THEIR_KEY = "sk-the-callers-own"
+START_SECONDS = 20
+STOP_SECONDS = 20
+
+_numbers = itertools.count(1)
+
+
+@dataclass
+class TokenGuard:
+    """A running server."""
+
+    process: subprocess.Popen
+    url: str
+    start_line: str
+    log_path: os.PathLike
+    clients: list = field(default_factory=list)
+
+    @property
+    def log(self):
+        """What it has written to standard error so far."""
+        return self.log_path.read_text()
+
+    def client(self, user, kind=openai.OpenAI, **headers):
+        """Return an OpenAI client that calls as ``user`` and does not retry."""
+        client = kind(
+            base_url=f"{self.url}/v1",
+            api_key=THEIR_KEY,
+            max_retries=0,
+            timeout=10,
+            default_headers={"x-user-id": user, **headers},
+        )
+        if kind is openai.OpenAI:
+            self.clients.append(client)
+        return client
+
+    def post(self, path, **more):
+        return httpx.post(self.url + path, timeout=10, **more)
+
+    def set_budget(self, scope, scope_id, capacity, refill=0, **more):
+        body = {"scope": scope, "id": scope_id, "capacity": capacity, "refillPerSec": refill, **more}
+        answer = self.post("/config/budget", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def level(self, scope, scope_id, **query):
+        answer = httpx.get(f"{self.url}/config/budget/{scope}/{scope_id}", params=query, timeout=10)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["level"]
+
+    def stop(self):
+        """Ask it to stop, as a supervisor does; return its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_SECONDS)
+
+
+def environment(**settings):
+    """Return a clean environment with the given settings."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return {**kept, **{name: str(value) for name, value in settings.items()}}
+
+
+@contextmanager
+def running(folder, *command, **settings):
+    """Start ``tokenguard`` in ``folder`` on a free port; stop it at the end and check how it went."""
+    log_path = folder / f"tokenguard-{next(_numbers)}.log"
+    call = [sys.executable, "-m", "tokenguard", *command, "--port", "0"]
+    with (
+        log_path.open("w") as log,
+        subprocess.Popen(
+            call, cwd=folder, env=environment(**settings), stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process,
+    ):
+        watchdog = threading.Timer(START_SECONDS, process.kill)  # readline waits for ever
+        watchdog.start()
+        line = process.stdout.readline()
+        watchdog.cancel()
+        address = re.search(r"on (http://\S+)", line)
+        if address is None:
+            process.wait(STOP_SECONDS)
+            pytest.fail(f"the server did not start: {log_path.read_text()}")
+        server = TokenGuard(process, address[1], line, log_path)
+        try:
+            yield server
+        finally:
+            for client in server.clients:
+                client.close()
+            if process.poll() is None:
+                code = server.stop()
+                assert code == 0, f"exit code {code}: {server.log}"
+    assert "Traceback" not in server.log, server.log
+
+
+@pytest.fixture(scope="session")
+def _fake_server():
+    fake = FakeOpenAI()
+    with Serving(fake) as serving:
+        yield fake, serving
+
+
+@pytest.fixture
+def fake(_fake_server):
+    """The upstream, as if new."""
+    fake, _ = _fake_server
+    fake.__init__()
+    return fake
+
+
+@pytest.fixture
+def upstream_loop(_fake_server):
+    """The event loop that the upstream runs in."""
+    return _fake_server[1].loop
+
+
+@pytest.fixture(scope="session")
+def upstream_url(_fake_server):
+    return f"http://127.0.0.1:{_fake_server[1].port}/v1"
+
+
+@pytest.fixture(scope="session")
+def server(upstream_url, tmp_path_factory):
+    """One server for all tests that need no settings of their own; the defaults are far away."""
+    with running(
+        tmp_path_factory.mktemp("server"),
+        "serve",
+        OPENAI_API_KEY=OUR_KEY,
+        OPENAI_BASE_URL=upstream_url,
+        CAP_GLOBAL=10**9,
+        CAP_TEAM="unlimited",
+        CAP_USER=10**6,
+        RATE_USER=0,
+        TOKENGUARD_READ_TIMEOUT_S=5,
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def user():
+    """A user whom no other test knows."""
+    return f"user-{next(_numbers)}"
