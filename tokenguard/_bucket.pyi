@@ -162,6 +162,13 @@ class BucketTable:
             TableBusy: The lock was held by somebody else for over a second; nothing was changed.
         """
 
+    def expire_handles(self) -> None:
+        """Move the epoch: every plan must be prepared anew.
+
+        Raises:
+            TableBusy: The lock was held by somebody else for over a second; nothing was changed.
+        """
+
     def state(self, key: bytes) -> tuple[int, int, int, int, int, int] | None:
         """Return a bucket as it is stored, not brought up to now; None if it is not in the table: it is full.
 

@@ -18,6 +18,7 @@ import secrets
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 
 from tokenguard.errors import StaleHandle, TableBusy, TableFull
 
@@ -532,13 +533,13 @@ cdef class BucketTable:
     cdef int fill(self, Entry *e, key, scale) except -1:
         """Read a bucket's key and scale as Python gives them."""
         cdef Slot *want = &e.want
-        print = hashlib.blake2b(key, digest_size=12, key=self.seed).digest()
-        want.print_hi = int.from_bytes(print[:8], "little")
-        want.print_lo = int.from_bytes(print[8:], "little")
+        cdef bytes fingerprint = hashlib.blake2b(key, digest_size=12, key=self.seed).digest()
+        memcpy(&want.print_hi, <char *>fingerprint, 8)
+        memcpy(&want.print_lo, <char *>fingerprint + 8, 4)
         want.capacity, want.debt, want.gain, want.unit, want.tick_us = scale
-        if not (want.capacity >= 1 and want.debt >= 0 and 0 <= want.gain <= MAX_UNITS and want.unit >= 1
-                and want.tick_us in (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
-                and (<object>want.capacity + want.debt) * want.unit <= MAX_UNITS):
+        if not (1 <= want.capacity <= MAX_UNITS and 0 <= want.debt <= MAX_UNITS and 0 <= want.gain <= MAX_UNITS
+                and want.unit >= 1 and want.tick_us in (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
+                and <wide>(want.capacity + want.debt) * want.unit <= MAX_UNITS):
             raise ValueError(f"a scale must keep to the bounds of arithmetic.scale(), got {scale}")
         e.slot = self.table.header.slots
         return 0
@@ -648,6 +649,11 @@ cdef class BucketTable:
     @property
     def epoch(self):
         return self.table.header.epoch
+
+    def expire_handles(self):
+        self.lock()
+        self.table.header.epoch += 1
+        self.unlock()
 
     def state(self, key):
         cdef Entry e

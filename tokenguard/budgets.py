@@ -57,10 +57,11 @@ class Budgets:
         Raises:
             BudgetNotFound: Neither is there: it is unlimited.
         """
-        if (budget := self._backend.find(name)) is not None:
-            return self._state(budget, explicit=True)
-        if (budget := self._plans.default(name)) is not None:
-            return self._state(budget, explicit=False)
+        for budget in self._backend.on(name.scope):
+            if budget.name == name:
+                return self._state(budget, explicit=True)
+        if (default := self._plans.default(name)) is not None:
+            return self._state(default, explicit=False)
         raise BudgetNotFound(f"there is no budget for {name}: it is unlimited")
 
     def delete(self, name: BucketName) -> BudgetState | None:

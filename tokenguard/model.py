@@ -71,14 +71,8 @@ class Identity(NamedTuple):
 
     def scopes(self) -> list[Scope]:
         """Return the scopes on the caller's path, from ``global`` down to ``user``."""
-        ids = {
-            GLOBAL: GLOBAL_ID,
-            "team": self.team,
-            "rolegroup": self.rolegroup,
-            "role": self.role,
-            "user": self.user,
-        }
-        return [Scope(kind, scope_id) for kind in SCOPE_KINDS if (scope_id := ids[kind]) is not None]
+        ids = (GLOBAL_ID, self.team, self.rolegroup, self.role, self.user)
+        return [Scope(kind, id_) for kind, id_ in zip(SCOPE_KINDS, ids, strict=True) if id_ is not None]
 
 
 class BucketName(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from tokenguard.backends import Backend, Handle
-from tokenguard.model import BucketName, Budget, Identity, Meter, Scale
+from tokenguard.model import BucketName, Budget, Identity, Meter, Scale, Scope
 
 MAX_PLANS = 8192
 """How many plans are remembered; the least used is forgotten first."""
@@ -89,14 +89,18 @@ class Plans:
 
     def _resolve(self, identity: Identity, model: str) -> Plan:
         epoch = self._backend.epoch  # before the budgets: if one changes now, the handle is stale
-        budgets = [
-            budget
-            for scope in identity.scopes()
-            for meter in Meter
-            for of_model in (None, model)
-            if (budget := self._budget(BucketName(scope, meter, of_model))) is not None
-        ]
+        budgets = [budget for scope in identity.scopes() for budget in self._on(scope, model)]
         return Plan(budgets, self._backend.prepare(budgets, epoch))
 
-    def _budget(self, name: BucketName) -> Budget | None:
-        return self._backend.find(name) or self.default(name)
+    def _on(self, scope: Scope, model: str) -> list[Budget]:
+        """Return what limits calls of a model on one scope: tokens first, all models first."""
+        default = self.default(BucketName(scope))
+        explicit = self._backend.on(scope)
+        if not explicit:  # PERF: most users have no budget of their own
+            return [default] if default else []
+        binding = {budget.name: budget for budget in explicit if budget.name.model in (None, model)}
+        if default:
+            binding.setdefault(default.name, default)
+        return sorted(
+            binding.values(), key=lambda budget: (budget.name.meter is not Meter.TOKENS, budget.name.model or "")
+        )

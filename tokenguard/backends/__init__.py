@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from tokenguard._bucket import Outcome
-from tokenguard.model import BucketName, Budget
+from tokenguard.model import BucketName, Budget, Scope
 
 Handle = Any
 """A plan made ready by a backend: its own business."""
@@ -25,8 +25,8 @@ class Backend(Protocol):
     def describe(self) -> str:
         """Return what this backend is, for the start-up line and health."""
 
-    def find(self, name: BucketName) -> Budget | None:
-        """Return the explicit budget of that name."""
+    def on(self, scope: Scope) -> Collection[Budget]:
+        """Return the explicit budgets of a scope."""
 
     def budgets(self) -> list[Budget]:
         """Return all explicit budgets, in the order of their names."""

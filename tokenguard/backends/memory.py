@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from tokenguard._bucket import BucketTable, Handle
 from tokenguard.errors import BudgetNotFound
-from tokenguard.model import BucketName, Budget
+from tokenguard.model import BucketName, Budget, Scope
 
 
 class MemoryBackend:
@@ -19,8 +20,8 @@ class MemoryBackend:
 
     def __init__(self, table: BucketTable) -> None:
         self._table = table
-        self._budgets: dict[BucketName, Budget] = {}
-        self._changing = threading.Lock()
+        self._budgets: dict[Scope, tuple[Budget, ...]] = {}
+        self._lock = threading.Lock()
         self.reserve = table.reserve  # PERF: no frame in between; row "Limiter" of test_bench_bucket
         self.settle = table.settle
         self.peek = table.peek
@@ -39,14 +40,14 @@ class MemoryBackend:
         """Return the table's counters."""
         return self._table.stats()
 
-    def find(self, name: BucketName) -> Budget | None:
-        """Return the explicit budget of that name."""
-        return self._budgets.get(name)
+    def on(self, scope: Scope) -> Collection[Budget]:
+        """Return the explicit budgets of a scope."""
+        return self._budgets.get(scope, ())
 
     def budgets(self) -> list[Budget]:
         """Return all explicit budgets, in the order of their names."""
-        with self._changing:
-            return sorted(self._budgets.values(), key=lambda budget: budget.name.key)
+        budgets = [budget for on_scope in list(self._budgets.values()) for budget in on_scope]
+        return sorted(budgets, key=lambda budget: budget.name.key)
 
     def prepare(self, budgets: Sequence[Budget], epoch: int | None = None) -> Handle:
         """Make a plan ready."""
@@ -54,34 +55,38 @@ class MemoryBackend:
 
     def put(self, budget: Budget, level: int | None = None, now_us: int | None = None) -> None:
         """Set an explicit budget."""
-        with self._changing:
-            before = self._budgets.get(budget.name)
-            # The budget first, the epoch (inside the table) after: whoever reads the new epoch finds the new
-            # budget, and whoever found the old budget holds a handle of the old epoch.
-            self._budgets[budget.name] = budget
-            try:
-                self._table.configure(budget.name.key, budget.scale, level, now_us)
-            except BaseException:
-                self._restore(budget.name, before)
-                raise
+        with self._changing(budget.name.scope) as before:
+            others = [other for other in before if other.name != budget.name]
+            self._budgets[budget.name.scope] = (*others, budget)
+            self._table.configure(budget.name.key, budget.scale, level, now_us)
 
     def drop(self, name: BucketName, default: Budget | None, now_us: int | None = None) -> None:
         """Remove an explicit budget."""
-        with self._changing:
-            before = self._budgets.pop(name, None)
-            if before is None:
+        with self._changing(name.scope) as before:
+            left = tuple(other for other in before if other.name != name)
+            if len(left) == len(before):
                 raise BudgetNotFound(f"there is no budget for {name}")
-            try:
-                if default is None:
-                    self._table.remove(name.key)
-                else:
-                    self._table.configure(name.key, default.scale, None, now_us)
-            except BaseException:
-                self._restore(name, before)
-                raise
+            self._budgets[name.scope] = left
+            if default is None:
+                self._table.remove(name.key)
+            else:
+                self._table.configure(name.key, default.scale, None, now_us)
 
-    def _restore(self, name: BucketName, before: Budget | None) -> None:
-        if before is None:
-            del self._budgets[name]
-        else:
-            self._budgets[name] = before
+    @contextmanager
+    def _changing(self, scope: Scope) -> Iterator[tuple[Budget, ...]]:
+        """Change a scope's budgets, or leave them as they were if the table refuses.
+
+        The budgets are changed first and the epoch, inside the table, after: whoever reads the new epoch finds
+        the new budget, and whoever found the old budget holds a handle of the old epoch.
+        """
+        with self._lock:
+            before = self._budgets.get(scope, ())
+            try:
+                yield before
+            except BaseException:
+                self._budgets[scope] = before
+                self._table.expire_handles()  # for a plan that saw what is taken back here
+                raise
+            finally:
+                if not self._budgets.get(scope):
+                    self._budgets.pop(scope, None)
