@@ -151,6 +151,13 @@ def test_without_a_token_only_peers_nearby_may_speak_for_themselves(server, head
     assert "TOKENGUARD_ADMIN_TOKEN" in error_of(answer)["message"]
 
 
+@pytest.mark.parametrize("path", ["//config/budget", "/config/budget/", "/%63onfig/budget", "/config//budget"])
+def test_no_way_of_writing_the_path_evades_the_rule(server, path):
+    """A stranger is refused, or finds nothing, however the path is written."""
+    answer = httpx.get(server.url + path, headers={"x-forwarded-for": "127.0.0.1"})
+    assert answer.status_code in (403, 404)
+
+
 def test_with_a_token_only_its_holder_may(upstream_url, tmp_path):
     """With a token set, its holder may from anywhere and nobody else may, and no log or error shows it."""
     token = "the-admins-secret"

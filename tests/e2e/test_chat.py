@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 import threading
 
 import httpx
@@ -141,6 +142,15 @@ def test_models_are_passed_through_uncharged(server, fake):
     assert httpx.get(f"{server.url}/v1/models/org/some-model").json() == {"id": "org/some-model"}
     assert fake.received[-1].header("authorization") == [f"Bearer {OUR_KEY}"]
     assert server.level("global", "*") >= before
+
+
+@pytest.mark.parametrize("path", ["../files", "%2e%2e/files", "a/../../files", "a//b", "a/%2e"])
+def test_path_of_a_model_opens_no_other_door(server, fake, path):
+    """Our key reaches the models endpoint of the provider and no other, however the id is written."""
+    with socket.create_connection(httpx.URL(server.url).netloc.decode().split(":")) as connection:
+        connection.sendall(f"GET /v1/models/{path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+        assert b" 400 " in connection.makefile("rb").readline()
+    assert fake.received == []
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

@@ -18,11 +18,17 @@ from tokenguard.model import Answer
 from tokenguard.refusal import problem
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-PREFIXES = ("/config", "/sync")
+
+
+class AdminResource:
+    """A resource that only an admin may use.
+
+    NOTE: what is guarded is the resource that answers, and not a path: there are many ways to write a path.
+    """
 
 
 class AdminRule:
-    """Falcon middleware that guards ``/config`` and ``/sync``.
+    """Falcon middleware that guards every ``AdminResource``.
 
     Args:
         token: What ``Authorization: Bearer`` must carry; None means the rule about peers.
@@ -33,9 +39,9 @@ class AdminRule:
         self._token = token
         self._allow = tuple(allow)
 
-    async def process_request(self, req: Request, resp: Response) -> None:
-        """Answer who may not, before any resource sees the request."""
-        if not req.path.startswith(PREFIXES):
+    async def process_resource(self, req: Request, resp: Response, resource: object, params: object) -> None:  # noqa: ARG002
+        """Answer who may not, before the resource sees the request."""
+        if not isinstance(resource, AdminResource):
             return
         refused = self._check_peer(req) if self._token is None else self._check_token(req, self._token)
         if refused is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from falcon.asgi import Request, Response
 
+from tokenguard.api.admin import AdminResource
 from tokenguard.api.wire import read_body, write_json
 from tokenguard.budgets import MAX_PAGE, Budgets, BudgetState, read_budget, read_name
 from tokenguard.errors import InvalidRequest
@@ -17,7 +18,7 @@ from tokenguard.model import BucketName
 MAX_BUDGET_BYTES = 16_384
 
 
-class BudgetList:
+class BudgetList(AdminResource):
     """``POST`` and ``GET /config/budget``.
 
     Args:
@@ -41,7 +42,7 @@ class BudgetList:
         write_json(resp, 200, {"object": "list", "data": data, "has_more": more is not None, "after": following})
 
 
-class OneBudget:
+class OneBudget(AdminResource):
     """``GET`` and ``DELETE /config/budget/{scope}/{id}``, with ``?meter=`` and ``?model=``.
 
     Args:

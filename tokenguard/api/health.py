@@ -31,3 +31,5 @@ class Health:
             "backend": self._backend.describe(),
         }
         write_json(resp, 200, {**state, "time": now})
+
+    on_head = on_get

@@ -6,14 +6,15 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from falcon.asgi import Request, Response
 
 from tokenguard.api.wire import headers_of, read_body, set_headers, write
-from tokenguard.errors import UpstreamError
+from tokenguard.errors import InvalidRequest, UpstreamError
 from tokenguard.exchange import End, Exchange, Terms, forwarded_headers, returned_headers
 from tokenguard.limiter import Limiter
-from tokenguard.model import Answer, UpstreamRequest
+from tokenguard.model import Answer, UpstreamRequest, checked_name
 from tokenguard.upstream import Upstream, UpstreamResponse
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -198,7 +199,7 @@ class Models:
 
     async def on_get(self, req: Request, resp: Response, model: str | None = None) -> None:
         """Pass one request through."""
-        path = "/models" if model is None else f"/models/{model}"
+        path = "/models" if model is None else f"/models/{_path_of(model)}"
         headers = forwarded_headers(headers_of(req), self._terms.credentials)
         response = await self._upstream.open(UpstreamRequest("GET", path, headers, b""))
         try:
@@ -208,6 +209,13 @@ class Models:
         resp.status = response.status
         set_headers(resp, returned_headers(response.headers, drop_length=True, drop_encoding=False))
         resp.data = body
+
+
+def _path_of(model: str) -> str:
+    """Return a model's id as a path that stays where it is put: our key must not open other doors."""
+    if not {"", ".", ".."}.isdisjoint(model.split("/")):
+        raise InvalidRequest("model", f"model must be the id of a model, got {model!r}")
+    return quote(checked_name("model", model), safe="/:")
 
 
 class GuardedApp:

@@ -55,7 +55,7 @@ def write(resp: Response, answer: Answer) -> None:
 
 def write_json(resp: Response, status: int, value: Any) -> None:  # noqa: ANN401 - any JSON
     """Answer with a JSON document."""
-    write(resp, Answer(status, [refusal.JSON], msgspec.json.encode(value)))
+    write(resp, Answer(status, [refusal.JSON], msgspec.json.encode(value) + b"\n"))
 
 
 async def on_tokenguard_error(req: Request, resp: Response, error: TokenGuardError, params: object) -> None:  # noqa: ARG001

@@ -39,7 +39,7 @@ _CAPS = ("max_completion_tokens", "max_tokens")
 def error_body(message: str, kind: str, code: str | None, param: str | None = None, **more: object) -> bytes:
     """Return an error of a kind (its ``type``) as OpenAI words it; ``more`` are members beside ``error``."""
     error = {"message": message, "type": kind, "param": param, "code": code}
-    return msgspec.json.encode({"error": error, **more})
+    return msgspec.json.encode({"error": error, **more}) + b"\n"
 
 
 # --- the request --------------------------------------------------------------------------------------------
