@@ -16,8 +16,9 @@ import mmap
 import secrets
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.long cimport PyLong_AsLongLong
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from tokenguard.errors import StaleHandle, TableBusy, TableFull
@@ -74,6 +75,8 @@ cdef enum:
 
 MAX_PLAN = PLAN
 MAX_BUCKETS = 10_000_000
+
+cdef frozenset TICKS_US = frozenset(10 ** exponent for exponent in range(7))
 
 cdef int64_t NEVER = 10**15
 cdef int64_t MAX_UNITS = <int64_t>1 << 52
@@ -138,6 +141,11 @@ cdef inline int64_t clamp(int64_t value, int64_t low, int64_t high) noexcept nog
     return low if value < low else high if value > high else value
 
 
+cdef inline int64_t add(int64_t a, int64_t b) noexcept nogil:
+    """Return the sum of two amounts that are not negative; what is more than fits stays at the most that does."""
+    return a + b if a <= INT64_MAX - b else INT64_MAX
+
+
 cdef inline bint refill(Slot *s, int64_t now_us) noexcept nogil:
     """Bring ``s`` up to now; return whether the clock had stepped back so far that its tick was set anew."""
     cdef int64_t tick = now_us // s.tick_us
@@ -149,7 +157,7 @@ cdef inline bint refill(Slot *s, int64_t now_us) noexcept nogil:
         else:
             s.level += (tick - s.tick) * s.gain
         s.tick = tick
-    elif s.tick * s.tick_us - now_us > STEP_US:
+    elif (s.tick - 1) * s.tick_us - now_us >= STEP_US:  # a tick may begin up to its own length in the future
         s.tick = tick
         return True
     return False
@@ -167,7 +175,7 @@ cdef void convert(Table *t, Slot *s, const Slot *want, int64_t now_us) noexcept 
     if held_us > now_us:          # a frozen clock grants nothing twice
         now_us = held_us
     if tokens < -want.debt:
-        t.header.counters.forgiven += -want.debt - tokens
+        t.header.counters.forgiven = add(t.header.counters.forgiven, -want.debt - tokens)
     s.level = clamp(tokens, -want.debt, want.capacity) * want.unit
     s.tick = (now_us + want.tick_us - 1) // want.tick_us
     s.capacity, s.debt, s.gain, s.unit, s.tick_us = want.capacity, want.debt, want.gain, want.unit, want.tick_us
@@ -266,7 +274,7 @@ cdef bint reclaim(Table *t, const Entry *keep, int n, int64_t now_us) noexcept n
         if s.tick_us == 0:
             continue
         refill(&s, now_us)
-        if s.level != s.capacity * s.unit:
+        if s.level != s.capacity * s.unit or s.tick * s.tick_us > now_us:  # a new one would start now
             continue
         for i in range(n):
             if is_key(&t.slots[slot], &keep[i].want):
@@ -351,8 +359,7 @@ cdef int64_t charge(Table *t, Slot *s, int64_t delta) noexcept nogil:
     return delta - (before - s.level) // s.unit if delta > 0 else 0
 
 
-cdef int64_t settle_all(Table *t, Entry *entries, const int64_t *deltas, int n, uint64_t epoch,
-                        int64_t now_us) noexcept nogil:
+cdef int64_t settle_all(Table *t, Entry *entries, const int64_t *deltas, int n, int64_t now_us) noexcept nogil:
     """Charge each bucket its delta, under the scale that it stands in; return how much was forgiven."""
     cdef int64_t forgiven = 0
     cdef Slot *s
@@ -364,15 +371,14 @@ cdef int64_t settle_all(Table *t, Entry *entries, const int64_t *deltas, int n, 
         if s == NULL:
             if deltas[i] < 0:     # reclaimed when it was full: there is nothing to give back to
                 continue
-            if epoch == t.header.epoch:
-                s = insert(t, entries, n, &entries[i], now_us)
+            s = insert(t, entries, n, &entries[i], now_us)
             if s == NULL:
-                forgiven += deltas[i]
+                forgiven = add(forgiven, deltas[i])
                 continue
         if refill(s, now_us):
             t.header.counters.clock_steps += 1
-        forgiven += charge(t, s, deltas[i])
-    t.header.counters.forgiven += forgiven
+        forgiven = add(forgiven, charge(t, s, deltas[i]))
+    t.header.counters.forgiven = add(t.header.counters.forgiven, forgiven)
     return forgiven
 
 
@@ -434,16 +440,18 @@ cdef class Outcome:
         PyMem_Free(self.seen)
 
     cdef int check(self, int i) except -1:
+        if self.handle is None:
+            raise TypeError("an Outcome is made by a table")
         if not 0 <= i < self.handle.count:
             raise IndexError(f"bucket must be between 0 and {self.handle.count - 1}, got {i}")
         return 0
 
     def __len__(self):
-        return self.handle.count
+        return 0 if self.handle is None else self.handle.count
 
     @property
     def retry_after_us(self):
-        return 0 if self.allowed else self.seen[self.binding].wait_us
+        return 0 if self.allowed else self.wait_us(self.binding)
 
     def level(self, int i):
         self.check(i)
@@ -483,11 +491,13 @@ cdef Outcome new_outcome(Handle handle, int64_t now_us):
 
 cdef int64_t given_us(now_us) except -2:
     """Return the time given, or -1 if the clock is to be read under the lock."""
+    cdef int64_t us
     if now_us is None:
         return -1
-    if not 0 <= now_us < 1 << 53:
-        raise ValueError(f"now_us must be between 0 and 2^53 - 1, got {now_us}")
-    return now_us
+    us = PyLong_AsLongLong(now_us)
+    if not 0 <= us < <int64_t>1 << 53:
+        raise ValueError(f"now_us must be between 0 and 2^53 - 1, got {us}")
+    return us
 
 
 cdef class BucketTable:
@@ -500,6 +510,8 @@ cdef class BucketTable:
         cdef uint32_t index = 8
         if not 1 <= buckets <= MAX_BUCKETS:
             raise ValueError(f"buckets must be between 1 and {MAX_BUCKETS}, got {buckets}")
+        if seed is not None and len(seed) > 64:
+            raise ValueError(f"seed must be at most 64 bytes, got {len(seed)}")
         while index < buckets + buckets // 2:
             index *= 2
         self.seed = secrets.token_bytes(16) if seed is None else seed
@@ -536,9 +548,12 @@ cdef class BucketTable:
         cdef bytes fingerprint = hashlib.blake2b(key, digest_size=12, key=self.seed).digest()
         memcpy(&want.print_hi, <char *>fingerprint, 8)
         memcpy(&want.print_lo, <char *>fingerprint + 8, 4)
-        want.capacity, want.debt, want.gain, want.unit, want.tick_us = scale
+        capacity, debt, gain, unit, tick_us = scale
+        want.capacity, want.debt = PyLong_AsLongLong(capacity), PyLong_AsLongLong(debt)
+        want.gain, want.unit = PyLong_AsLongLong(gain), PyLong_AsLongLong(unit)
+        want.tick_us = tick_us if tick_us in TICKS_US else 0
         if not (1 <= want.capacity <= MAX_UNITS and 0 <= want.debt <= MAX_UNITS and 0 <= want.gain <= MAX_UNITS
-                and want.unit >= 1 and want.tick_us in (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
+                and want.unit >= 1 and want.tick_us
                 and <wide>(want.capacity + want.debt) * want.unit <= MAX_UNITS):
             raise ValueError(f"a scale must keep to the bounds of arithmetic.scale(), got {scale}")
         e.slot = self.table.header.slots
@@ -569,7 +584,7 @@ cdef class BucketTable:
         if len(amounts) != handle.count:
             raise ValueError(f"the plan has {handle.count} buckets, got {len(amounts)} amounts")
         for i in range(handle.count):
-            into[i] = amounts[i]
+            into[i] = PyLong_AsLongLong(amounts[i])  # takes no float, where Cython would
         return 0
 
     def reserve(self, Handle handle not None, tuple costs not None, now_us=None):
@@ -602,7 +617,7 @@ cdef class BucketTable:
         self.lock()
         if now < 0:
             now = tg_now_us()
-        forgiven = settle_all(&self.table, handle.entries, delta, handle.count, handle.epoch, now)
+        forgiven = settle_all(&self.table, handle.entries, delta, handle.count, now)
         self.unlock()
         return forgiven
 
@@ -621,7 +636,7 @@ cdef class BucketTable:
     def configure(self, key, scale, level=None, now_us=None):
         cdef Entry e
         cdef bint has_level = level is not None
-        cdef int64_t tokens = level if has_level else 0
+        cdef int64_t tokens = PyLong_AsLongLong(level) if has_level else 0
         cdef int64_t now = given_us(now_us)
         cdef bint done
         self.fill(&e, key, scale)

@@ -38,6 +38,8 @@ def read_rate(value: float | Fraction) -> Fraction:
         value: Tokens per second, finite, at least 0.
     """
     exact = Fraction(value)
+    if exact.denominator == 1:
+        return exact
     margin = exact * _READING_ERROR
     return _simplest_between(exact - margin, exact + margin)
 
@@ -62,26 +64,33 @@ def scale(capacity: int, rate: Fraction, max_debt: int) -> Scale:
         gain, unit = per_tick.numerator, per_tick.denominator
         if (capacity + max_debt) * unit <= MAX_UNITS and gain <= MAX_UNITS:
             return Scale(capacity, max_debt, gain, unit, tick_us)
-    per_tick = _largest_below(rate, MAX_UNITS // max(capacity + max_debt, math.ceil(rate)))
-    if per_tick < rate * (1 - _REPRESENTATION_ERROR):
+    nearest = _largest_below(rate, MAX_UNITS // max(capacity + max_debt, math.ceil(rate)))
+    if nearest < rate * (1 - _REPRESENTATION_ERROR):
         raise InvalidValue(
             "refillPerSec",
             f"refillPerSec {float(rate)!r} cannot be kept exactly beside capacity {capacity} and maxDebt "
-            f"{max_debt}: the nearest rate is {float(per_tick)!r}; use that, or lower capacity or maxDebt",
+            f"{max_debt}: the nearest rate is {float(nearest)!r}; use that, or lower capacity or maxDebt",
         )
-    return Scale(capacity, max_debt, per_tick.numerator, per_tick.denominator, TICKS_US[-1])
+    return scale(capacity, nearest, max_debt)
 
 
 def _check_bounds(capacity: int, rate: Fraction, max_debt: int) -> None:
     if not 1 <= capacity <= MAX_CAPACITY:
         raise InvalidValue("capacity", f"capacity must be between 1 and 10^12, got {capacity}")
     if not 0 <= rate <= MAX_RATE:
-        raise InvalidValue("refillPerSec", f"refillPerSec must be between 0 and 10^12, got {float(rate)!r}")
+        raise InvalidValue("refillPerSec", f"refillPerSec must be between 0 and 10^12, got {_shown(rate)}")
     if not 0 <= max_debt <= MAX_UNITS - capacity:
         raise InvalidValue(
             "maxDebt",
             f"maxDebt must be between 0 and {MAX_UNITS - capacity} at this capacity, got {max_debt}",
         )
+
+
+def _shown(rate: Fraction) -> str:
+    try:
+        return repr(float(rate))
+    except OverflowError:
+        return "over 10^308"
 
 
 def _simplest_between(low: Fraction, high: Fraction) -> Fraction:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -41,7 +42,7 @@ class Config:
         ask_for_usage: Whether to ask for a stream's usage where the caller did not.
     """
 
-    openai_base_url: str
+    openai_base_url: str = field(repr=False)  # it may hold a password
     defaults: Mapping[str, Scale]
     admin_allow: tuple[Network, ...]
     buckets: int
@@ -71,15 +72,20 @@ def _secret(value: str) -> str:
 
 
 def _url(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.fragment:
-        raise ValueError("a URL with http:// or https:// and a host")
+    allowed = "a URL with http:// or https:// and a host"
+    try:
+        parts = urlsplit(_text(value))
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.fragment
+    except ValueError:
+        raise ValueError(allowed) from None
+    if not usable or " " in value:
+        raise ValueError(allowed)
     return value
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
     def read(value: str) -> int:
-        if not value.isascii() or not value.isdigit() or not least <= int(value) <= most:
+        if not value.isascii() or not value.isdigit() or len(value) > 15 or not least <= int(value) <= most:
             raise ValueError(f"a whole number from {least} to {most}")
         return int(value)
 
@@ -190,7 +196,7 @@ def read_config(environ: Mapping[str, str]) -> Config:
         openai_base_url=values["OPENAI_BASE_URL"],
         openai_organization=values["OPENAI_ORG_ID"],
         openai_project=values["OPENAI_PROJECT_ID"],
-        defaults=_defaults(values),
+        defaults=_defaults(values, [name for name in environ if environ[name].strip()]),
         admin_token=values["TOKENGUARD_ADMIN_TOKEN"],
         admin_allow=values["TOKENGUARD_ADMIN_ALLOW"],
         buckets=values["TOKENGUARD_BUCKETS"],
@@ -223,16 +229,18 @@ def _read(environ: Mapping[str, str], name: str) -> Any:  # noqa: ANN401 - as th
     try:
         return setting.read(value)
     except ValueError as error:
-        shown = "a value" if setting.secret else repr(value)
+        shown = "a value" if setting.secret else repr(re.sub("//[^/@]*@", "//…@", value))
         raise InvalidSetting(name, f"{name} must be {error}, got {shown}") from None
 
 
-def _defaults(values: Mapping[str, Any]) -> dict[str, Scale]:
+def _defaults(values: Mapping[str, Any], given: Collection[str]) -> dict[str, Scale]:
     defaults = {}
     for kind in SCOPE_KINDS:
         cap_name, rate_name = f"CAP_{kind.upper()}", f"RATE_{kind.upper()}"
         capacity, rate = values[cap_name], values[rate_name]
         if capacity is None:
+            if rate is not None and cap_name not in given:
+                raise InvalidSetting(cap_name, f"{cap_name} must be set where {rate_name} is, got nothing")
             continue
         if rate is None:
             raise InvalidSetting(rate_name, f"{rate_name} must be set where {cap_name} is, got nothing")

@@ -9,13 +9,16 @@ every call is settled to its real usage.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+K = TypeVar("K")
 
 COLD_OUTPUT_TOKENS = 256
 COLD_BYTES_PER_TOKEN = 4.0
 MAX_TRAFFICS = 4096
-"""How many kinds of traffic are remembered; the oldest is forgotten first."""
+"""How many models, and how many users of models, are remembered; who has not called the longest is forgotten."""
 
+_FEWEST_BYTES, _MOST_BYTES = 1.0, 100.0
 _QUANTILE = 0.95
 _PRIOR_TOKENS = 500.0
 """How much weight the bytes per token that a kind of traffic starts with has, in tokens."""
@@ -50,8 +53,11 @@ class Traffic:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text that make one token."""
-        return self._bytes / self._tokens
+        """Bytes of text that make one token, within what text can be.
+
+        Usage tells what the provider counted, which may be a prompt of its own on top, or nothing at all.
+        """
+        return min(max(self._bytes / self._tokens, _FEWEST_BYTES), _MOST_BYTES)
 
     @property
     def output_tokens(self) -> int:
@@ -79,7 +85,8 @@ class Estimator:
     """Estimates calls, and learns from their usage."""
 
     def __init__(self) -> None:
-        self._traffics: dict[tuple[str, ...], Traffic] = {}
+        self._models: dict[str, Traffic] = {}
+        self._users: dict[tuple[str, str], Traffic] = {}
 
     def estimate(
         self,
@@ -101,7 +108,7 @@ class Estimator:
             choices: How many answers are asked for.
             output_cap: The largest cap on each, in tokens.
         """
-        traffic = self._traffics.get((model, user)) or self._traffics.get((model,)) or _COLD
+        traffic = self._users.get((model, user)) or self._models.get(model) or _COLD
         prompt = math.ceil(text_bytes / traffic.bytes_per_token) + extra_tokens
         output = traffic.output_tokens if output_cap is None else min(output_cap, traffic.output_tokens)
         return Estimate(prompt, prompt + choices * output)
@@ -119,18 +126,18 @@ class Estimator:
             choices: How many answers there were.
             output_tokens: What all answers together came to.
         """
-        whole = self._remembered((model,), None)
-        for traffic in (whole, self._remembered((model, user), whole)):
+        whole = _remembered(self._models, model, None)
+        for traffic in (whole, _remembered(self._users, (model, user), whole)):
             traffic.learn_prompt(text_bytes, prompt_tokens)
             traffic.learn_output(output_tokens // choices)
 
-    def _remembered(self, key: tuple[str, ...], like: Traffic | None) -> Traffic:
-        traffic = self._traffics.get(key)
-        if traffic is None:
-            while len(self._traffics) >= MAX_TRAFFICS:
-                self._traffics.pop(next(iter(self._traffics)), None)
-            traffic = self._traffics[key] = Traffic(like)
-        return traffic
+
+def _remembered(traffics: dict[K, Traffic], key: K, like: Traffic | None) -> Traffic:
+    traffic = traffics.pop(key, None) or Traffic(like)
+    while len(traffics) >= MAX_TRAFFICS:
+        traffics.pop(next(iter(traffics)), None)
+    traffics[key] = traffic  # the last: a dict keeps the order
+    return traffic
 
 
 _COLD = Traffic()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tokenguard import refusal
-from tokenguard.errors import InvalidRequest, TokenGuardError, UpstreamError
+from tokenguard.errors import InvalidRequest, InvalidValue, TokenGuardError, UpstreamError
 from tokenguard.estimate import Estimate, Estimator
 from tokenguard.limiter import Limiter, Reservation
 from tokenguard.model import Answer, Decision, Head, Headers, Identity, UpstreamRequest, Usage, checked_name
@@ -149,7 +149,7 @@ class Exchange:
                     "unsupported_content_encoding", "content-encoding",
                 )  # fmt: skip
             request = self._request = read_chat(body)
-        except InvalidRequest as error:
+        except InvalidValue as error:
             return refusal.error_answer(error)
         self._body = body
         self._forwarded = forwarded_headers(headers, self._terms.credentials)
@@ -204,7 +204,13 @@ class Exchange:
         return self._reader.feed(chunk) if self._reader is not None else chunk
 
     def finish(self) -> End:
-        """The provider's answer has come to its end."""
+        """The provider's answer has come to its end.
+
+        Raises:
+            UpstreamError: It has not: it was compressed, and more must have followed.
+        """
+        if self._decoder is not None:
+            self._decoder.finish()
         rest = self._reader.rest() if self._reader is not None else b""
         return End(self._settlement(), rest)
 
@@ -300,10 +306,18 @@ def _listed_in_connection(headers: Headers) -> frozenset[bytes]:
 
 
 class Decoder:
-    """Undoes a compression that the provider applied though we asked for none."""
+    """Undoes a compression that the provider applied though we asked for none.
 
-    def __init__(self, window_bits: int) -> None:
-        self._zlib = zlib.decompressobj(window_bits)
+    Args:
+        gzip: Whether it is gzip, of one or several members; else deflate, with zlib's header as the standard says
+            or without it as some send it.
+    """
+
+    def __init__(self, *, gzip: bool) -> None:
+        self._head = b""
+        self._empty = True
+        self._window_bits = 16 + zlib.MAX_WBITS if gzip else 0
+        self._zlib = zlib.decompressobj(self._window_bits) if gzip else None
 
     def decode(self, chunk: bytes) -> bytes:
         """Return what ``chunk`` adds to the plain text.
@@ -311,17 +325,39 @@ class Decoder:
         Raises:
             UpstreamError: It is not what it says it is.
         """
-        try:
-            return self._zlib.decompress(chunk)
-        except zlib.error as error:
-            raise UpstreamError(f"the provider's compressed answer is damaged: {error}", sent=True) from None
+        self._empty = self._empty and not chunk
+        if self._zlib is None:
+            chunk = self._head = self._head + chunk
+            if len(chunk) < 2:
+                return b""
+            zlib_header = chunk[0] & 15 == 8 and int.from_bytes(chunk[:2]) % 31 == 0
+            self._window_bits = zlib.MAX_WBITS if zlib_header else -zlib.MAX_WBITS
+            self._zlib = zlib.decompressobj(self._window_bits)
+        plain = []
+        while chunk:
+            try:
+                plain.append(self._zlib.decompress(chunk))
+            except zlib.error as error:
+                raise UpstreamError(f"the provider's compressed answer is damaged: {error}", sent=True) from None
+            if chunk := self._zlib.unused_data:  # the next member
+                self._zlib = zlib.decompressobj(self._window_bits)
+        return b"".join(plain)
+
+    def finish(self) -> None:
+        """Check that nothing is missing.
+
+        Raises:
+            UpstreamError: Something is.
+        """
+        if not self._empty and (self._zlib is None or not self._zlib.eof):
+            raise UpstreamError("the provider's compressed answer ended too early", sent=True)
 
 
 def decoder_for(encoding: bytes) -> Decoder | None:
     """Return what decodes a content-encoding; None for none, and for one that is passed on as it is."""
     match encoding:
         case b"gzip" | b"x-gzip":
-            return Decoder(16 + zlib.MAX_WBITS)
+            return Decoder(gzip=True)
         case b"deflate":
-            return Decoder(zlib.MAX_WBITS)
+            return Decoder(gzip=False)
     return None

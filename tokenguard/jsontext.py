@@ -20,10 +20,16 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidRequest(twice, f"member {twice!r} is given more than once in one object")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise _twice(name)
+            seen.add(name)
     return members
+
+
+def _twice(name: str) -> InvalidRequest:
+    return InvalidRequest(name[:80], f"member {name[:80]!r} is given more than once in one object")
 
 
 def _reject(constant: str) -> Any:  # noqa: ANN401 - never returns
@@ -48,6 +54,11 @@ class JsonObject:
     members: dict[str, Any]
     spans: dict[str, tuple[int, int]]
     opening: int
+
+    def inner(self, name: str) -> JsonObject:
+        """Return a member that is an object, with the places of its members in its own text."""
+        start, end = self.spans[name]
+        return _read(self.text[start:end])
 
     def replacing(self, name: str, value: str) -> bytes:
         """Return the text with one member set to ``value`` (as JSON), the first one if it is new."""
@@ -115,7 +126,7 @@ def _read(text: str) -> JsonObject:
         at = _skip(text, _expect(text, _skip(text, at), ":"))
         value, end = _DECODER.raw_decode(text, at)
         if name in members:
-            raise InvalidRequest(name, f"member {name!r} is given more than once")
+            raise _twice(name)
         members[name], spans[name] = value, (at, end)
         at = _skip(text, end)
     if _skip(text, at + 1) != len(text):

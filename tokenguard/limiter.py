@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenguard._bucket import Outcome
 from tokenguard.backends import Backend
-from tokenguard.errors import AlreadySettled, StaleHandle
+from tokenguard.errors import AlreadySettled, StaleHandle, TableBusy
 from tokenguard.model import BucketState, Decision, Identity
 from tokenguard.plan import Plan, Plans
 
@@ -43,6 +43,10 @@ class Reservation:
             del self._open  # atomic, where reading and writing a flag is not: of two threads one gets through
         except AttributeError:
             raise AlreadySettled("the reservation has been settled or refunded before") from None
+
+    def reopen(self) -> None:
+        """Take back ``close``, for nothing came of it."""
+        self._open = True
 
 
 class Limiter:
@@ -103,10 +107,18 @@ class Limiter:
 
         Raises:
             AlreadySettled: It has been settled or refunded before; nothing was changed.
+            TableBusy: The table's lock was not to be had; nothing was changed, and it can be tried again.
+            ValueError: ``tokens`` is negative; nothing was changed.
         """
+        if tokens < 0:
+            raise ValueError(f"tokens must be at least 0, got {tokens}")
         reservation.close()
         plan = reservation.plan
-        return self._backend.settle(plan.handle, plan.deltas(reservation.costs, tokens), now_us)
+        try:
+            return self._backend.settle(plan.handle, plan.deltas(reservation.costs, tokens), now_us)
+        except TableBusy:
+            reservation.reopen()
+            raise
 
     def refund(self, reservation: Reservation, now_us: int | None = None) -> None:
         """Give all tokens back; the request stays counted.

@@ -43,7 +43,7 @@ def refuse(decision: Decision, jitter: float) -> Answer:
         raise ValueError("an allowed decision is not a refusal")
     wait_us = decision.retry_after_us
     if _JITTER_FROM_US < wait_us < NEVER_US:
-        wait_us += int(wait_us * _JITTER * jitter)
+        wait_us = min(wait_us + int(wait_us * _JITTER * jitter), NEVER_US - 1)
     body = error_body(
         f"{_what(binding, wait_us)} {_OURS}",
         kind=binding.name.meter,
@@ -106,7 +106,7 @@ def _what(bucket: BucketState, wait_us: int) -> str:
         return f"Request too large for {bucket.name}: {state}. Waiting does not help: make the prompt shorter."
     if wait_us >= NEVER_US:
         return f"Budget used up for {bucket.name}: {state}. It does not refill by itself."
-    return f"Rate limit reached for {bucket.name}: {state}. Please try again in {wait_us / 1e6:.3g}s."
+    return f"Rate limit reached for {bucket.name}: {state}. Please try again in {duration(wait_us)}."
 
 
 def _retry_headers(wait_us: int) -> Headers:

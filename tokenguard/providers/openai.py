@@ -39,7 +39,10 @@ _CAPS = ("max_completion_tokens", "max_tokens")
 def error_body(message: str, kind: str, code: str | None, param: str | None = None, **more: object) -> bytes:
     """Return an error of a kind (its ``type``) as OpenAI words it; ``more`` are members beside ``error``."""
     error = {"message": message, "type": kind, "param": param, "code": code}
-    return msgspec.json.encode({"error": error, **more}) + b"\n"
+    try:
+        return msgspec.json.encode({"error": error, **more}) + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate that somebody sent, and that the message shows
+        return json.dumps({"error": error, **more}).encode() + b"\n"
 
 
 # --- the request --------------------------------------------------------------------------------------------
@@ -76,9 +79,10 @@ class ChatRequest:
 
     def body_with_usage(self) -> bytes:
         """Return the body with ``stream_options.include_usage`` set, and nothing else changed."""
-        options = self.body.members.get("stream_options") or {}
-        value = json.dumps({**options, "include_usage": True}, separators=(",", ":"))
-        return self.body.replacing("stream_options", value)
+        options = '{"include_usage":true}'
+        if self.body.members.get("stream_options") is not None:
+            options = self.body.inner("stream_options").replacing("include_usage", "true").decode()
+        return self.body.replacing("stream_options", options)
 
 
 def read_chat(raw: bytes) -> ChatRequest:
@@ -93,7 +97,7 @@ def read_chat(raw: bytes) -> ChatRequest:
         raise InvalidRequest("model", f"model must be a string, got {shown(members, 'model')}")
     if not isinstance(messages := members.get("messages"), list):
         raise InvalidRequest("messages", f"messages must be a list, got {shown(members, 'messages')}")
-    if not isinstance(members.get("stream_options") or {}, dict):
+    if not isinstance(members.get("stream_options"), dict | None):
         raise InvalidRequest(
             "stream_options", f"stream_options must be an object, got {shown(members, 'stream_options')}"
         )
@@ -149,23 +153,23 @@ def _add(size: _Size, value: Any) -> None:  # noqa: ANN401 - any JSON
         for item in value:
             _add(size, item)
     elif isinstance(value, dict):
-        if attachment := _attachment_tokens(value):
-            size.tokens += attachment
-        else:
-            for name, item in value.items():
-                if name not in ("role", "type"):
-                    _add(size, item)
+        attachment = _attachment_tokens(value)
+        size.tokens += attachment
+        for name, item in value.items():
+            if name not in ("role", "type") and not (attachment and name == value["type"]):
+                _add(size, item)
 
 
 def _attachment_tokens(part: dict[str, Any]) -> int:
     """Return about how many tokens an image, a sound or a file takes; 0 for any other part.
 
-    A base64 blob must never be counted as text: it would come to a hundred times what is billed.
+    The attachment is in the member that is named like the type. A base64 blob must never be counted as text: it
+    would come to a hundred times what is billed. What else stands beside it must be.
     """
     match part:
         case {"type": "image_url", "image_url": {"detail": str(detail)}}:
             return IMAGE_TOKENS.get(detail, FULL_IMAGE_TOKENS)
-        case {"type": "image_url"}:
+        case {"type": "image_url", "image_url": _}:
             return FULL_IMAGE_TOKENS
         case {"type": "input_audio", "input_audio": {"data": str(data)}}:
             return 1 + len(data) // AUDIO_BYTES_PER_TOKEN
@@ -225,11 +229,12 @@ class JsonAnswer:
             return None
         try:
             answer = msgspec.json.decode(b"".join(self._kept))
-        except (msgspec.DecodeError, RecursionError):
+        except _UNREADABLE:
             return None
         return read_usage(answer.get("usage")) if isinstance(answer, dict) else None
 
 
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _CHUNK = msgspec.json.Decoder(dict[str, Any])
 
@@ -273,16 +278,16 @@ class EventStream:
         return b"".join(passed)
 
     def rest(self) -> bytes:
-        """Return what is still to be passed on at the end: the beginning of an event that never ended."""
+        """Return what is still to be passed on at the end: an event without the blank line that ends it."""
         rest, self._pending = self._pending, b""
-        return rest
+        return b"" if self._read(rest) and self._swallow_usage else rest
 
     def _read(self, event: bytes) -> bool:
         """Take note of one event; return whether it tells the usage and nothing else."""
         lines = [line[5:].strip() for line in event.splitlines() if line.startswith(b"data:")]
         try:
             chunk = _CHUNK.decode(b"\n".join(lines))
-        except (msgspec.DecodeError, RecursionError):
+        except _UNREADABLE:
             return False
         if usage := read_usage(chunk.get("usage")):
             self.usage = usage
