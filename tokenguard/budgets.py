@@ -98,7 +98,8 @@ def read_budget(members: dict[str, Any]) -> tuple[Budget, int | None]:
     """
     for field in members:
         if field not in _FIELDS:
-            raise InvalidRequest(field, f"{field} is not a field of a budget; allowed are {', '.join(_FIELDS)}")
+            allowed = ", ".join(_FIELDS)
+            raise InvalidRequest(field[:80], f"{field[:80]!r} is not a field of a budget; allowed are {allowed}")
     name = read_name(members)
     capacity = whole_number(members, "capacity", 1, arithmetic.MAX_CAPACITY)
     rate = _rate(members)
@@ -124,18 +125,20 @@ def read_name(members: dict[str, Any]) -> BucketName:
         raise InvalidRequest(
             "scope", f"scope must be one of {', '.join(SCOPE_KINDS)}, got {shown(members, 'scope')}"
         )
-    id_ = members.get("id", GLOBAL_ID if kind == GLOBAL else None)
+    id_ = members.get("id")
+    if id_ is None and kind == GLOBAL:
+        id_ = GLOBAL_ID
     if not isinstance(id_, str):
         raise InvalidRequest("id", f"id must be a string, got {shown(members, 'id')}")
     if kind == GLOBAL and id_ != GLOBAL_ID:
         raise InvalidRequest("id", f'id of scope global must be "{GLOBAL_ID}" (or left out), got {id_!r}')
-    meter, model = members.get("meter") or Meter.TOKENS, members.get("model")
-    if meter not in tuple(Meter):
+    meter, model = members.get("meter"), members.get("model")
+    if meter is not None and meter not in tuple(Meter):
         raise InvalidRequest("meter", f"meter must be one of {', '.join(Meter)}, got {shown(members, 'meter')}")
     if model is not None and not isinstance(model, str):
         raise InvalidRequest("model", f"model must be a string, got {shown(members, 'model')}")
     scope = Scope(kind, checked_name("id", id_))
-    return BucketName(scope, Meter(meter), None if model is None else checked_name("model", model))
+    return BucketName(scope, Meter(meter or Meter.TOKENS), None if model is None else checked_name("model", model))
 
 
 def _rate(members: dict[str, Any]) -> float:
