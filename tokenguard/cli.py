@@ -18,6 +18,10 @@ from tokenguard.errors import TokenGuardError
 from tokenguard.upstream import Upstream
 
 
+KEEPALIVE_S = 75
+"""How long a caller's idle connection is kept: longer than clients keep theirs, so that it is they who close."""
+
+
 class Cli(click.Group):
     """Shows an error of ours as one line, not as a traceback."""
 
@@ -85,6 +89,7 @@ def _run(config: Config, upstream: Upstream, host: str, port: int) -> None:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=KEEPALIVE_S,
         timeout_graceful_shutdown=config.shutdown_timeout_s,
     )
     Server(settings, _limits(config), upstream.describe()).run([listening])

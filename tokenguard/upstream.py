@@ -11,6 +11,10 @@ from tokenguard.errors import UpstreamError, UpstreamTimeout
 from tokenguard.model import Headers, UpstreamRequest
 
 
+KEEPALIVE_S = 30.0
+"""How long a connection is kept for the next call; a new one costs a TLS handshake."""
+
+
 class UpstreamResponse(Protocol):
     """An answer whose head has come and whose body is coming."""
 
@@ -62,7 +66,7 @@ class HttpxUpstream:
         self._timeout = httpx.Timeout(read_timeout_s, connect=connect_timeout_s, pool=connect_timeout_s)
         self._client = httpx.AsyncClient(
             timeout=self._timeout,
-            limits=httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
+            limits=httpx.Limits(max_connections, max_connections, KEEPALIVE_S),
             follow_redirects=False,
         )
 
