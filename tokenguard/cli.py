@@ -17,7 +17,6 @@ from tokenguard.demo import DemoUpstream
 from tokenguard.errors import TokenGuardError
 from tokenguard.upstream import Upstream
 
-
 KEEPALIVE_S = 75
 """How long a caller's idle connection is kept: longer than clients keep theirs, so that it is they who close."""
 

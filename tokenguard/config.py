@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import math
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -229,7 +228,7 @@ def _read(environ: Mapping[str, str], name: str) -> Any:  # noqa: ANN401 - as th
     try:
         return setting.read(value)
     except ValueError as error:
-        shown = "a value" if setting.secret else repr(re.sub("//[^/@]*@", "//…@", value))
+        shown = "a value" if setting.secret or "@" in value else repr(value)  # a URL may hold a password
         raise InvalidSetting(name, f"{name} must be {error}, got {shown}") from None
 
 

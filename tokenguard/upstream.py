@@ -10,7 +10,6 @@ import httpx
 from tokenguard.errors import UpstreamError, UpstreamTimeout
 from tokenguard.model import Headers, UpstreamRequest
 
-
 KEEPALIVE_S = 30.0
 """How long a connection is kept for the next call; a new one costs a TLS handshake."""
 

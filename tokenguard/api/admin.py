@@ -74,7 +74,7 @@ class AdminRule:
         if not _is_local_name(host):
             return "to a foreign Host"
         origin = req.get_header("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.lower().partition("://")[2] != host.lower():
             return "pages of another site"
         return None
 

@@ -1,0 +1,151 @@
+"""Imports only point down, and what belongs to one room stays in it."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "tokenguard"
+
+FLOORS = [
+    {"cli", "asgi", "wsgi", "library", "__main__"},
+    {"api", "lane", "middleware"},
+    {"exchange", "provider_limits", "upstream", "config", "demo"},
+    {"limiter", "budgets", "estimate", "providers", "refusal"},
+    {"plan", "backends"},
+    {"_bucket", "arithmetic"},
+    {"model", "errors", "jsontext", "_version", ""},
+]
+"""The rooms of DESIGN section 3, from the roof down; "" is the package itself: its version, and public names."""
+
+APART = {"exchange", "upstream", "provider_limits", "config", "demo"}
+"""Rooms of one floor that do not know each other: the floors above bring them together."""
+
+ROOTS = {"cli", "asgi", "wsgi", "library"}
+HOMES = {
+    "falcon": {"api", "asgi", "wsgi"},
+    "uvicorn": {"cli"},
+    "click": {"cli"},
+    "httpx": {"upstream", "provider_limits", "library", "cli"},
+    "redis": {"backends.redis"},
+    "dotenv": ROOTS,
+}
+"""Where a library may be imported."""
+
+
+def name_of(path):
+    """Return a module's name below the package: ``api.proxy``; the package itself is ``""``."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = {*SOURCES, "_bucket"}
+
+
+def imports_of(tree):
+    """Yield the full names that a module imports, wherever in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in SOURCES.items()}
+IMPORTS = {name: set(imports_of(tree)) for name, tree in TREES.items()}
+
+
+def ours(imported):
+    """Return the module of ours that an imported name is, or is in; None if it is somebody else's."""
+    package, _, rest = imported.partition(".")
+    if package != "tokenguard":
+        return None
+    return rest if rest in MODULES else rest.rpartition(".")[0]
+
+
+EDGES = {name: {ours(imported) for imported in names} - {None} for name, names in IMPORTS.items()}
+ROOM = {name: name.partition(".")[0] for name in MODULES}
+
+
+def floor(name):
+    """Return how far below the roof a module is."""
+    return next(number for number, rooms in enumerate(FLOORS) if ROOM[name] in rooms)
+
+
+each_module = pytest.mark.parametrize("name", sorted(SOURCES), ids=lambda name: name or "tokenguard")
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_module_is_on_a_floor(name):
+    """Every module of the package has its place in the house; a new room is to be put on a floor here."""
+    assert sum(ROOM[name] in rooms for rooms in FLOORS) == 1, f"{name} is on no floor: see DESIGN section 3"
+
+
+def test_every_import_of_ours_is_a_module():
+    """What is imported of the package is there to be checked."""
+    assert {target for targets in EDGES.values() for target in targets} <= MODULES
+
+
+@each_module
+def test_imports_point_down(name):
+    """A module imports from its own floor or from below, never from above."""
+    upwards = {target for target in EDGES[name] if floor(target) < floor(name)}
+
+    assert not upwards, f"{name} imports upwards: {', '.join(sorted(upwards))}"
+
+
+@each_module
+def test_rooms_that_stand_beside_each_other_do_not_meet(name):
+    """The exchange does not know the hop to the provider, nor either of them the configuration."""
+    if ROOM[name] in APART:
+        assert not {target for target in EDGES[name] if ROOM[target] in APART - {ROOM[name]}}
+
+
+def test_roots_are_imported_by_roots_alone():
+    """A composition root is where a process begins: nothing below builds on it."""
+    importers = {name for name, targets in EDGES.items() if targets & (ROOTS | {"__main__"})}
+
+    assert importers <= ROOTS | {"__main__"}
+
+
+def test_imports_have_no_cycles():
+    """Each module can be understood after those that it imports."""
+    TopologicalSorter(EDGES).prepare()
+
+
+@each_module
+@pytest.mark.parametrize("library", HOMES)
+def test_library_stays_in_its_room(name, library):
+    """Each library that does I/O is known to one room, so that it can be exchanged there."""
+    if any(imported.partition(".")[0] == library for imported in IMPORTS[name]):
+        assert {name, ROOM[name]} & HOMES[library], f"{name} imports {library}"
+
+
+def attributes_of(tree):
+    """Return every dotted name of two parts that a module uses, such as os.environ."""
+    nodes = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    ]
+    return {f"{node.value.id}.{node.attr}" for node in nodes}
+
+
+@each_module
+def test_environment_is_read_by_roots_alone(name):
+    """Nothing below the composition roots asks the environment; config is given what it reads."""
+    asked = (attributes_of(TREES[name]) | IMPORTS[name]) & {"os.environ", "os.environb", "os.getenv", "os.getenvb"}
+
+    assert not asked or name in ROOTS, f"{name} reads {asked}"
+
+
+CLOCKS = {"time.time", "time.time_ns", "time.monotonic", "time.monotonic_ns", "datetime.now", "datetime.utcnow"}
+
+
+@each_module
+def test_clock_is_read_at_the_edge_alone(name):
+    """Below the drivers time is an argument, or is read inside the lock."""
+    read = (attributes_of(TREES[name]) | IMPORTS[name]) & CLOCKS
+
+    assert not read or floor(name) <= 1 or name == "demo", f"{name} reads {read}"
