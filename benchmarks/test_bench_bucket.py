@@ -15,6 +15,10 @@ from limits.strategies import FixedWindowRateLimiter
 
 from tokenguard._bucket import BucketTable
 from tokenguard.arithmetic import scale
+from tokenguard.backends.memory import MemoryBackend
+from tokenguard.limiter import Limiter
+from tokenguard.model import SCOPE_KINDS, Identity
+from tokenguard.plan import Plans
 
 CALLS = 1_000
 SCOPES = 5
@@ -104,6 +108,22 @@ def test_twenty_buckets(benchmark):
     ]
     measure(benchmark, "BucketTable reserve + settle, 20 buckets", work, handles)
     assert table.reserve(handles[0], costs).allowed
+
+
+def test_limiter(benchmark):
+    backend = MemoryBackend(BucketTable(2_000))
+    limiter = Limiter(backend, Plans(backend, dict.fromkeys(SCOPE_KINDS, AMPLE)))
+
+    def work(callers):
+        for caller in callers:
+            limiter.settle(limiter.reserve(caller, "gpt-4o-mini", 300, 900), 500)
+
+    callers = [
+        Identity(f"user-{user}", f"team-{user % 10}", f"role-{user % 20}", f"rolegroup-{user % 3}")
+        for user in range(1_000)
+    ]
+    measure(benchmark, "Limiter reserve + settle, 1 000 users", work, callers)
+    assert limiter.reserve(callers[0], "gpt-4o-mini", 300, 900).decision.allowed
 
 
 def test_limits(benchmark):
