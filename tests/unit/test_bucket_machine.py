@@ -244,14 +244,13 @@ class CrowdedMachine(SideBySide):
         assert seen(self.table.peek(self.handle(plan), self.now_us)) == self.oracle.peek(plan, self.now_us)
 
     @invariant()
-    def stored_buckets_agree_and_missing_ones_are_full(self):
+    def buckets_that_are_not_full_are_kept_to_the_unit(self):
         for key, bucket in self.oracle.buckets.items():
-            state = self.table.state(key)
-            if state is None:
-                view = self.oracle.peek(self.plan((key,)), self.now_us)
-                assert view.full_in_us == (0,)
-            elif not bucket.full:
-                assert state == bucket.stored
+            plan = self.plan((key,))
+            if self.oracle.peek(plan, self.now_us).full_in_us[0]:
+                assert self.table.state(key) == bucket.stored
+            else:
+                assert self.table.peek(self.handle(plan), self.now_us).full_in_us(0) == 0
 
 
 TestEngineMachine = EngineMachine.TestCase

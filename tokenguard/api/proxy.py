@@ -24,10 +24,9 @@ Asgi = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
 CALL = "tokenguard.call"
 """Where in the ASGI scope a request's ``Call`` is."""
 
-_log = logging.getLogger("tokenguard")
-
-
 T = TypeVar("T")
+
+_log = logging.getLogger("tokenguard")
 
 
 class ConnectionCut(Exception):
@@ -69,10 +68,10 @@ class ChatCompletions:
         asked = exchange.begin(headers_of(req), body)
         if isinstance(asked, Answer):
             return write(resp, asked)
+        call = req.scope[CALL] = Call(exchange, self._limiter, self._upstream)  # from here on it will be closed
         forward = exchange.reserved(self._limiter.reserve(*asked))
         if isinstance(forward, Answer):
             return write(resp, forward)
-        call = req.scope[CALL] = Call(exchange, self._limiter, self._upstream)
         if exchange.stream:
             call.watch(req.receive)
         if (answer := await call.open(forward)) is not None:
