@@ -183,7 +183,7 @@ class Exchange:
         self._refused = status >= 400
         self._decoder = decoder_for(encoding)
         readable = encoding == b"identity" or self._decoder is not None
-        if readable and fields.get(b"content-type", b"").startswith(b"text/event-stream"):
+        if readable and fields.get(b"content-type", b"").lower().startswith(b"text/event-stream"):
             self._reader = EventStream(swallow_usage=self._adds_usage)
         else:
             self._reader = JsonAnswer()

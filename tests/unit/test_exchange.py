@@ -634,6 +634,19 @@ def test_call_without_a_usage_teaches_nothing(ending):
     assert call.begin() == before
 
 
+def test_framing_of_messages_is_not_learned_as_text():
+    """Of many short messages most of the prompt is framing: the bytes per token are learned of the text alone."""
+    call = Call(messages=[{"role": "user", "content": "abcd"}] * 100)
+    asked = call.begin()
+    call.answered()
+    call.fed(b'{"usage":{"prompt_tokens":%d,"completion_tokens":256,"total_tokens":999}}' % asked.prompt)
+
+    call.settle(call.exchange.finish())
+
+    assert asked.prompt == 100 + 303
+    assert call.begin().prompt == asked.prompt
+
+
 def test_prompt_of_an_image_teaches_nothing_about_text():
     """Where attachments took part of the prompt, the size of its text is not known."""
     image = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
