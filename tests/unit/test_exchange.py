@@ -1,5 +1,6 @@
 """One call from request to settlement, without I/O: every ending, and what travels in either direction."""
 
+import contextlib
 import gzip
 import json
 import zlib
@@ -645,6 +646,27 @@ def test_framing_of_messages_is_not_learned_as_text():
 
     assert asked.prompt == 100 + 303
     assert call.begin().prompt == asked.prompt
+
+
+class Forgetful(Estimator):
+    """An estimator that fails to learn."""
+
+    def learn(self, *_, **__):
+        raise RuntimeError("dictionary changed size during iteration")
+
+
+def test_failure_to_learn_does_not_lose_the_reservation():
+    """Estimates are a convenience: a call is settled to its usage whatever becomes of them."""
+    call = Call()
+    call.exchange = Exchange(Terms(CREDENTIALS, Forgetful()))
+    call.answered()
+    call.fed(COMPLETION)
+
+    with contextlib.suppress(RuntimeError):
+        call.settle(call.exchange.finish())
+    call.settle(call.exchange.abort())
+
+    assert call.level == FULL - 21
 
 
 def test_prompt_of_an_image_teaches_nothing_about_text():
