@@ -9,6 +9,7 @@ every call is settled to its real usage.
 from __future__ import annotations
 
 import math
+import threading
 from typing import NamedTuple, TypeVar
 
 K = TypeVar("K")
@@ -87,6 +88,7 @@ class Estimator:
     def __init__(self) -> None:
         self._models: dict[str, Traffic] = {}
         self._users: dict[tuple[str, str], Traffic] = {}
+        self._learning = threading.Lock()
 
     def estimate(
         self,
@@ -126,10 +128,11 @@ class Estimator:
             choices: How many answers there were.
             output_tokens: What all answers together came to.
         """
-        whole = _remembered(self._models, model, None)
-        for traffic in (whole, _remembered(self._users, (model, user), whole)):
-            traffic.learn_prompt(text_bytes, prompt_tokens)
-            traffic.learn_output(output_tokens // choices)
+        with self._learning:
+            whole = _remembered(self._models, model, None)
+            for traffic in (whole, _remembered(self._users, (model, user), whole)):
+                traffic.learn_prompt(text_bytes, prompt_tokens)
+                traffic.learn_output(output_tokens // choices)
 
 
 def _remembered(traffics: dict[K, Traffic], key: K, like: Traffic | None) -> Traffic:

@@ -18,6 +18,7 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from tokenguard import refusal
@@ -71,10 +72,12 @@ class Settlement:
     Attributes:
         reservation: The reservation.
         tokens: What the call took; 0 gives everything back but the request; None leaves all of it spent.
+        learn: Takes in what the estimate should have been.
     """
 
     reservation: Reservation
     tokens: int | None
+    learn: Callable[[], None] | None = None
 
     def apply(self, limiter: Limiter) -> None:
         """Carry it out."""
@@ -82,6 +85,8 @@ class Settlement:
             self.reservation.close()
         else:
             limiter.settle(self.reservation, self.tokens)
+        if self.learn is not None:
+            self.learn()
 
 
 class End(NamedTuple):
@@ -235,8 +240,7 @@ class Exchange:
         if self._reader is None:
             return Settlement(reservation, None)
         if usage := self._reader.usage:
-            self._learn(usage)
-            return Settlement(reservation, usage.total)
+            return Settlement(reservation, usage.total, partial(self._learn, usage))
         if streamed := self._reader.streamed_tokens:
             return Settlement(reservation, self._estimate.prompt + streamed)
         return Settlement(reservation, None)

@@ -147,17 +147,22 @@ def _size_prompt(members: dict[str, Any]) -> _Size:
 
 
 def _add(size: _Size, value: Any) -> None:  # noqa: ANN401 - any JSON
-    if isinstance(value, str):
-        size.text_bytes += len(value) if value.isascii() else len(value.encode())
-    elif isinstance(value, list):
-        for item in value:
-            _add(size, item)
-    elif isinstance(value, dict):
-        attachment = _attachment_tokens(value)
-        size.tokens += attachment
-        for name, item in value.items():
-            if name not in ("role", "type") and not (attachment and name == value["type"]):
-                _add(size, item)
+    """Add all text in ``value``, however deep it is nested."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            size.text_bytes += len(value) if value.isascii() else len(value.encode())
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, dict):
+            attachment = _attachment_tokens(value)
+            size.tokens += attachment
+            left += [
+                item
+                for name, item in value.items()
+                if name not in ("role", "type") and not (attachment and name == value["type"])
+            ]
 
 
 def _attachment_tokens(part: dict[str, Any]) -> int:
