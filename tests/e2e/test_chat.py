@@ -222,6 +222,23 @@ def test_requests_budget_counts_calls(server, fake, user):
     assert refusal.value.type == "requests"
 
 
+def test_64_callers_at_once_share_one_budget_exactly(server, fake, user):
+    """However many call at once, no more is admitted than there is, and every token is accounted for."""
+    fake.usage = usage_of(9, 20)
+    server.set_budget("user", user, 3000)
+
+    async def callers():
+        async with server.client(user, openai.AsyncOpenAI) as client:
+            calls = (chat(client, max_tokens=20) for _ in range(64 * 3))
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    answers = asyncio.run(callers())
+    admitted = sum(not isinstance(answer, openai.RateLimitError) for answer in answers)
+    assert admitted == 3000 // 29
+    assert all(answer.usage.total_tokens == 29 for answer in answers if not isinstance(answer, Exception))
+    assert server.level("user", user) == 3000 - 29 * admitted
+
+
 def test_model_budget_binds_that_model_only(server, fake, user):
     """A budget for one model leaves calls of another alone."""
     server.set_budget("user", user, 100, model="dear", level=0)
