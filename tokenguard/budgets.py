@@ -31,7 +31,7 @@ class BudgetState(NamedTuple):
 
 
 class Budgets:
-    """The use cases.
+    """The use cases. Wherever ``now_us`` is None, the time is now.
 
     Args:
         backend: Where the budgets live.
@@ -42,16 +42,16 @@ class Budgets:
         self._backend = backend
         self._plans = plans
 
-    def put(self, budget: Budget, level: int | None = None) -> BudgetState:
+    def put(self, budget: Budget, level: int | None = None, now_us: int | None = None) -> BudgetState:
         """Set or change a budget; what was used stays used, unless a level is given.
 
         Raises:
             TableFull: A level was given and there is no room for a bucket; nothing was changed.
         """
-        self._backend.put(budget, level)
-        return self._state(budget, explicit=True)
+        self._backend.put(budget, level, now_us)
+        return self._state(budget, explicit=True, now_us=now_us)
 
-    def get(self, name: BucketName) -> BudgetState:
+    def get(self, name: BucketName, now_us: int | None = None) -> BudgetState:
         """Return the budget that holds for a scope, explicit or default.
 
         Raises:
@@ -59,35 +59,36 @@ class Budgets:
         """
         for budget in self._backend.on(name.scope):
             if budget.name == name:
-                return self._state(budget, explicit=True)
+                return self._state(budget, explicit=True, now_us=now_us)
         if (default := self._plans.default(name)) is not None:
-            return self._state(default, explicit=False)
+            return self._state(default, explicit=False, now_us=now_us)
         raise BudgetNotFound(f"there is no budget for {name}: it is unlimited")
 
-    def delete(self, name: BucketName) -> BudgetState | None:
+    def delete(self, name: BucketName, now_us: int | None = None) -> BudgetState | None:
         """Remove an explicit budget; return the default that holds in its stead, if there is one.
 
         Raises:
             BudgetNotFound: There is no explicit one.
         """
         default = self._plans.default(name)
-        self._backend.drop(name, default)
-        return None if default is None else self._state(default, explicit=False)
+        self._backend.drop(name, default, now_us)
+        return None if default is None else self._state(default, explicit=False, now_us=now_us)
 
-    def page(self, after: bytes, limit: int) -> tuple[list[BudgetState], bytes | None]:
+    def page(self, after: bytes, limit: int, now_us: int | None = None) -> tuple[list[BudgetState], bytes | None]:
         """Return explicit budgets in the order of their keys, and the key to go on after if there are more.
 
         Args:
             after: The key behind which to begin; empty for the first page.
             limit: How many at most.
+            now_us: The time.
         """
         budgets = [budget for budget in self._backend.budgets() if budget.name.key > after]
-        page = [self._state(budget, explicit=True) for budget in budgets[:limit]]
+        page = [self._state(budget, explicit=True, now_us=now_us) for budget in budgets[:limit]]
         return page, budgets[limit - 1].name.key if len(budgets) > limit else None
 
-    def _state(self, budget: Budget, *, explicit: bool) -> BudgetState:
+    def _state(self, budget: Budget, *, explicit: bool, now_us: int | None) -> BudgetState:
         handle = self._backend.prepare([budget])
-        return BudgetState(budget, explicit, self._backend.peek(handle).level(0))
+        return BudgetState(budget, explicit, self._backend.peek(handle, now_us).level(0))
 
 
 def read_budget(members: dict[str, Any]) -> tuple[Budget, int | None]:

@@ -25,7 +25,14 @@ _PRIOR_TOKENS = 500.0
 """How much weight the bytes per token that a kind of traffic starts with has, in tokens."""
 _DECAY = 0.98
 _STEP = 0.1
-"""How far one observation moves the learned output at most, in powers of two, once it has settled."""
+"""How far one answer moves the learned output at most, in powers of two, once it has settled."""
+_WARM_OUTPUTS = 20
+_PRIOR_OUTPUTS = 2
+"""How many answers' worth the cold prior is."""
+_PRIOR_DEVIATION = 1.2
+"""How far answers are expected to deviate, in powers of two."""
+_DEVIATIONS = 1.645
+"""Of a normal distribution 95 of 100 lie below so many deviations above the mean."""
 
 
 class Estimate(NamedTuple):
@@ -43,14 +50,17 @@ class Estimate(NamedTuple):
 class Traffic:
     """What calls of one kind were seen to take."""
 
-    __slots__ = ("_bytes", "_log_output", "_seen", "_tokens")
+    __slots__ = ("_bytes", "_log_mean", "_log_output", "_log_prior", "_log_squares", "_seen", "_tokens")
 
     def __init__(self, like: Traffic | None = None) -> None:
         ratio = like.bytes_per_token if like else COLD_BYTES_PER_TOKEN
         self._bytes = ratio * _PRIOR_TOKENS
         self._tokens = _PRIOR_TOKENS
         self._log_output = math.log2(like.output_tokens if like else COLD_OUTPUT_TOKENS)
+        self._log_prior = self._log_output - _DEVIATIONS * _PRIOR_DEVIATION
         self._seen = 0
+        self._log_mean = 0.0
+        self._log_squares = 0.0
 
     @property
     def bytes_per_token(self) -> float:
@@ -72,14 +82,31 @@ class Traffic:
             self._tokens = self._tokens * _DECAY + tokens
 
     def learn_output(self, tokens: int) -> None:
-        """Take in how long an answer was: a quantile by stochastic approximation, in powers of two.
+        """Take in how long an answer was.
 
-        The first steps are longer, so that a dozen calls are enough to leave the cold start behind.
+        The first answers set the quantile by their mean and deviation, as if lengths were distributed
+        log-normally, so that a dozen calls leave the cold start behind; from then on it is found step by step,
+        whatever the distribution (stochastic approximation).
         """
+        log = math.log2(max(1, tokens))
         self._seen += 1
-        step = max(_STEP, 1 / self._seen)
-        over = tokens > 2**self._log_output
-        self._log_output = max(0.0, self._log_output + step * (_QUANTILE - (not over)))
+        if self._seen <= _WARM_OUTPUTS:
+            distance = log - self._log_mean
+            self._log_mean += distance / self._seen
+            self._log_squares += distance * (log - self._log_mean)
+            self._log_output = max(0.0, self._warm_output())
+        else:
+            over = log > self._log_output
+            self._log_output = max(0.0, self._log_output + _STEP * (_QUANTILE - (not over)))
+
+    def _warm_output(self) -> float:
+        """Return the quantile of the answers so far and, until there are enough, of the prior's."""
+        prior = 0 if self._seen == _WARM_OUTPUTS else _PRIOR_OUTPUTS
+        count = self._seen + prior
+        gap = self._log_mean - self._log_prior
+        mean = self._log_mean - gap * prior / count
+        squares = self._log_squares + prior * _PRIOR_DEVIATION**2 + gap**2 * self._seen * prior / count
+        return mean + _DEVIATIONS * math.sqrt(squares / count)
 
 
 class Estimator:

@@ -309,6 +309,10 @@ def _listed_in_connection(headers: Headers) -> frozenset[bytes]:
     return frozenset(name.strip() for names in listed for name in names)
 
 
+_GZIP = b"\x1f"
+"""How a member of a gzip stream begins."""
+
+
 class Decoder:
     """Undoes a compression that the provider applied though we asked for none.
 
@@ -343,8 +347,10 @@ class Decoder:
                 plain.append(self._zlib.decompress(chunk))
             except zlib.error as error:
                 raise UpstreamError(f"the provider's compressed answer is damaged: {error}", sent=True) from None
-            if chunk := self._zlib.unused_data:  # the next member
-                self._zlib = zlib.decompressobj(self._window_bits)
+            chunk = self._zlib.unused_data
+            if not chunk.startswith(_GZIP):
+                break  # nothing, or padding behind the end
+            self._zlib = zlib.decompressobj(self._window_bits)
         return b"".join(plain)
 
     def finish(self) -> None:

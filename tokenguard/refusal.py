@@ -55,7 +55,15 @@ def refuse(decision: Decision, jitter: float) -> Answer:
         },
     )
     tightest = {binding.name.meter: binding, **_tightest(decision, but=binding.name.meter)}
-    return Answer(429, [JSON, *_retry_headers(wait_us), *_limit_headers(tightest.values())], body)
+    return Answer(
+        429,
+        [
+            JSON,
+            *_retry_headers(wait_us, worthwhile=decision.retry_after_us <= RETRY_WORTHWHILE_US),
+            *_limit_headers(tightest.values()),
+        ],
+        body,
+    )
 
 
 def limit_headers(decision: Decision) -> Headers:
@@ -109,12 +117,12 @@ def _what(bucket: BucketState, wait_us: int) -> str:
     return f"Rate limit reached for {bucket.name}: {state}. Please try again in {duration(wait_us)}."
 
 
-def _retry_headers(wait_us: int) -> Headers:
+def _retry_headers(wait_us: int, *, worthwhile: bool) -> Headers:
     headers: Headers = []
     if wait_us < NEVER_US:
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(wait_us / 1_000_000))))
         headers.append((b"retry-after-ms", b"%d" % math.ceil(wait_us / 1000)))
-    if wait_us > RETRY_WORTHWHILE_US:
+    if not worthwhile:
         headers.append((b"x-should-retry", b"false"))
     return headers
 

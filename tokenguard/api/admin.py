@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
 
 from falcon.asgi import Request, Response
@@ -16,6 +16,8 @@ from falcon.asgi import Request, Response
 from tokenguard.api.wire import write
 from tokenguard.model import Answer
 from tokenguard.refusal import problem
+
+_FORWARDED = ("forwarded", "via", "x-real-ip")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -65,8 +67,8 @@ class AdminRule:
         return problem(403, message, "invalid_request_error", "admin_not_allowed")
 
     def _objection(self, req: Request) -> str | None:
-        headers = req.headers
-        if any(name == "forwarded" or name.startswith("x-forwarded-") for name in map(str.lower, headers)):
+        names = [name.lower() for name in req.headers]
+        if any(name in _FORWARDED or name.startswith("x-forwarded-") for name in names):
             return "forwarded requests"
         if not self._is_near(req.scope.get("client")):
             return "peers outside TOKENGUARD_ADMIN_ALLOW"
@@ -76,14 +78,14 @@ class AdminRule:
         origin = req.get_header("origin")
         if origin is not None and origin.lower().partition("://")[2] != host.lower():
             return "pages of another site"
+        if (req.get_header("sec-fetch-site") or "none").lower() not in ("none", "same-origin"):
+            return "pages of another site"  # a GET by an image or a link carries no Origin
         return None
 
-    def _is_near(self, client: Sequence[object] | None) -> bool:
+    def _is_near(self, client: Iterable[object] | None) -> bool:
         try:
-            address = ipaddress.ip_address(str(client[0])) if client else None
+            address = ipaddress.ip_address(str(next(iter(client or ()), "")))
         except ValueError:
-            return False
-        if address is None:
             return False
         mapped = getattr(address, "ipv4_mapped", None)
         return any((mapped or address) in network for network in self._allow)

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from falcon.asgi import Request, Response
 
-from tokenguard import __version__
+from tokenguard._version import __version__
 from tokenguard.api.wire import write_json
 from tokenguard.backends import Backend
 

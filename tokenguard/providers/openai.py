@@ -240,7 +240,7 @@ class JsonAnswer:
 
 
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_EVENT_END = re.compile(rb"(?>\r\n|\n|\r){2}")
 _CHUNK = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -272,7 +272,9 @@ class EventStream:
         data = self._pending + chunk
         passed = []
         start = 0
-        for match in _EVENT_END.finditer(data):
+        for match in _EVENT_END.finditer(data, max(0, len(self._pending) - 3)):
+            if match.end() == len(data) and data.endswith(b"\r"):
+                break  # half of a line's end, perhaps
             event = data[start : match.end()]
             start = match.end()
             if not (self._read(event) and self._swallow_usage):
