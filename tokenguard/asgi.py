@@ -29,9 +29,16 @@ from tokenguard.upstream import HttpxUpstream, Upstream
 
 
 def environment() -> Mapping[str, str]:
-    """Return the environment, and what ``.env`` in the working directory adds to it."""
-    written = {name: value for name, value in dotenv_values(".env").items() if value is not None}
-    return {**written, **os.environ}
+    """Return the environment, and what ``.env`` in the working directory adds to it.
+
+    Raises:
+        InvalidSetting: ``.env`` is not text.
+    """
+    try:
+        written = dotenv_values(".env")
+    except UnicodeDecodeError as error:
+        raise InvalidSetting(".env", f".env must be UTF-8: {error}") from None
+    return {**{name: value for name, value in written.items() if value is not None}, **os.environ}
 
 
 def create_app(config: Config | None = None, upstream: Upstream | None = None) -> GuardedApp:
@@ -64,7 +71,9 @@ def create_app(config: Config | None = None, upstream: Upstream | None = None) -
     app.add_route("/v1/models", models)
     app.add_route("/v1/models/{model:path}", models)
     app.add_route("/config/budget", BudgetList(budgets))
-    app.add_route("/config/budget/{scope}/{scope_id:path}", OneBudget(budgets))
+    one = OneBudget(budgets)
+    app.add_route("/config/budget/{scope}", one)
+    app.add_route("/config/budget/{scope}/{scope_id:path}", one)
     return GuardedApp(app)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from tokenguard.config import Config, read_config
 from tokenguard.demo import DemoUpstream
 from tokenguard.errors import TokenGuardError
 from tokenguard.upstream import Upstream
+
+_log = logging.getLogger("tokenguard")
 
 KEEPALIVE_S = 75
 """How long a caller's idle connection is kept: longer than clients keep theirs, so that it is they who close."""
@@ -52,7 +55,11 @@ _port = click.option(
 @_host
 @_port
 def serve(host: str, port: int) -> None:
-    """Guard the provider that OPENAI_BASE_URL names, with the key in OPENAI_API_KEY."""
+    """Guard the real provider.
+
+    OPENAI_BASE_URL names it, and OPENAI_API_KEY is its key. Settings come from the environment and from .env;
+    docs/settings.md describes them all.
+    """
     config = _config()
     _run(config, provider(config), host, port)
 
@@ -61,7 +68,7 @@ def serve(host: str, port: int) -> None:
 @_host
 @_port
 def demo(host: str, port: int) -> None:
-    """Guard a built-in upstream that says it is a demo, and needs no key."""
+    """Guard a built-in demo that needs no key."""
     _run(_config(), DemoUpstream(), host, port)
 
 
@@ -70,7 +77,7 @@ def _config() -> Config:
 
 
 def _run(config: Config, upstream: Upstream, host: str, port: int) -> None:
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
     for noisy in ("httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)  # they log URLs and headers
     # The app cuts a connection by not completing the answer, and says why itself.
@@ -91,7 +98,7 @@ def _run(config: Config, upstream: Upstream, host: str, port: int) -> None:
         timeout_keep_alive=KEEPALIVE_S,
         timeout_graceful_shutdown=config.shutdown_timeout_s,
     )
-    Server(settings, _limits(config), upstream.describe()).run([listening])
+    Server(settings, _limits(config), upstream.describe(), config.shutdown_timeout_s).run([listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -99,14 +106,17 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise click.ClickException(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        raise click.ClickException(
+            f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}"
+        ) from error
 
 
 class Server(uvicorn.Server):
     """uvicorn, which says in one line where it listens and what it guards."""
 
-    def __init__(self, config: uvicorn.Config, limits: str, upstream: str) -> None:
+    def __init__(self, config: uvicorn.Config, limits: str, upstream: str, patience_s: int) -> None:
         super().__init__(config)
+        self._patience_s = patience_s
         self._limits = limits
         self._upstream = upstream
 
@@ -127,6 +137,12 @@ class Server(uvicorn.Server):
                 f"tokenguard {__version__} on http://{host}:{listening[1]} · memory · upstream {self._upstream} · "
                 f"{self._limits}"
             )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let running calls end, and say that this is what the wait is for."""
+        if running := len(self.server_state.tasks):
+            _log.info("stopping: %d running calls have %d s to end", running, self._patience_s)
+        await super().shutdown(sockets)
 
 
 def _limits(config: Config) -> str:

@@ -14,7 +14,8 @@ from tokenguard import arithmetic
 from tokenguard.errors import InvalidSetting, InvalidValue
 from tokenguard.model import SCOPE_KINDS, Scale
 
-PREFIX = "TOKENGUARD_"
+PREFIXES = ("TOKENGUARD_", "CAP_", "RATE_")
+"""What begins so is ours, and must be a setting: a typo in a limit would otherwise go unnoticed."""
 UNLIMITED = "unlimited"
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -41,7 +42,7 @@ class Config:
         ask_for_usage: Whether to ask for a stream's usage where the caller did not.
     """
 
-    openai_base_url: str = field(repr=False)  # it may hold a password
+    openai_base_url: str
     defaults: Mapping[str, Scale]
     admin_allow: tuple[Network, ...]
     buckets: int
@@ -71,13 +72,13 @@ def _secret(value: str) -> str:
 
 
 def _url(value: str) -> str:
-    allowed = "a URL with http:// or https:// and a host"
+    allowed = "a URL with http:// or https:// and a host, without a user or password"
     try:
         parts = urlsplit(_text(value))
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not parts.fragment
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         raise ValueError(allowed) from None
-    if not usable or " " in value:
+    if not usable or " " in value or "@" in parts.netloc or parts.fragment:
         raise ValueError(allowed)
     return value
 
@@ -115,7 +116,7 @@ def _networks(value: str) -> tuple[Network, ...]:
 
 
 def _capacity(value: str) -> int | None:
-    if value == UNLIMITED:
+    if value.lower() == UNLIMITED:
         return None
     try:
         return _whole(1, arithmetic.MAX_CAPACITY)(value)
@@ -210,14 +211,13 @@ def read_config(environ: Mapping[str, str]) -> Config:
 
 def _check_names(environ: Mapping[str, str]) -> None:
     for name in environ:
-        if name.startswith(PREFIX) and name not in SETTINGS:
-            near = difflib.get_close_matches(name, SETTINGS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_ours())}"
-            raise InvalidSetting(name, f"{name} is not a setting: {hint}")
-
-
-def _ours() -> list[str]:
-    return [name for name in SETTINGS if name.startswith(PREFIX)]
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if prefix is None or name in SETTINGS:
+            continue
+        near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8)
+        known = [known for known in SETTINGS if known.startswith(prefix)]
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        raise InvalidSetting(name, f"{name} is not a setting: {hint}")
 
 
 def _read(environ: Mapping[str, str], name: str) -> Any:  # noqa: ANN401 - as the setting's reader says

@@ -271,7 +271,7 @@ def read_identity(headers: Headers) -> Identity:
         if part in found:
             raise InvalidRequest(shown, f"header {shown} is given more than once")
         try:
-            found[part] = checked_name(shown, value.decode())
+            found[part] = checked_name(shown, value.strip(b" \t").decode())
         except UnicodeDecodeError:
             raise InvalidRequest(shown, f"header {shown} must be UTF-8, got {value[:80]!r}") from None
     if "user" not in found:

@@ -35,7 +35,7 @@ def checked_name(field: str, value: str) -> str:
 
     Args:
         field: What the value was given as, for the message.
-        value: 1 to 256 bytes of UTF-8 without control characters.
+        value: 1 to 256 bytes of UTF-8 without control characters, and without white space at its ends.
 
     Raises:
         InvalidValue: It is not.
@@ -48,6 +48,8 @@ def checked_name(field: str, value: str) -> str:
         raise InvalidValue(field, f"{field} must be 1 to {MAX_ID_BYTES} bytes of UTF-8, got {size}")
     if any(character < " " or "\x7f" <= character <= "\x9f" for character in value):
         raise InvalidValue(field, f"{field} must not contain control characters, got {value!r}")
+    if value != value.strip():
+        raise InvalidValue(field, f"{field} must not begin or end with white space, got {value!r}")
     return value
 
 

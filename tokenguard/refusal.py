@@ -93,6 +93,11 @@ def error_answer(error: TokenGuardError) -> Answer:
     return problem(500, "The request failed inside TokenGuard.", "server_error", None)
 
 
+def stopping() -> Answer:
+    """Return the answer to a call that a server which stops could not wait for."""
+    return problem(503, "TokenGuard is stopping.", "service_unavailable_error", "stopping", retry_after_s=1)
+
+
 def problem(
     status: int,
     message: str,

@@ -137,6 +137,11 @@ def _broken(error: httpx.HTTPError) -> UpstreamError:
     return UpstreamError(f"the provider's answer broke off ({_reason(error)})", sent=True)
 
 
-def _reason(error: Exception) -> str:
-    """Return an error's kind, and not its text, which may quote a URL or a header."""
-    return type(error).__name__
+def _reason(error: BaseException) -> str:
+    """Return an error's kind and what the system said; not its own text, which may quote a URL or a header."""
+    said: str | None = None
+    cause: BaseException | None = error
+    while cause is not None and not said:
+        said = cause.strerror if isinstance(cause, OSError) else None
+        cause = cause.__cause__ or cause.__context__
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -128,6 +128,24 @@ def test_bad_budget_is_refused_and_changes_nothing(server, user, change, field, 
     assert httpx.get(f"{server.url}/config/budget/user/{user}").json() == before
 
 
+@pytest.mark.parametrize("path", ["/config/budget/user/{}?metre=requests", "/config/budget?scope=user"])
+def test_misspelled_parameter_touches_no_budget(server, user, path):
+    """A parameter that is not one is refused, and no other budget is shown or removed in its stead."""
+    server.set_budget("user", user, 5)
+    answer = httpx.delete(server.url + path.format(user))
+    assert answer.status_code in (400, 405)
+    answer = httpx.get(server.url + path.format(user))
+    assert answer.status_code == 400
+    assert "is not a parameter; allowed are" in error_of(answer)["message"]
+    assert server.level("user", user) == 5
+
+
+def test_global_scope_needs_no_id_in_the_path_either(server):
+    """``/config/budget/global`` is the global scope; any other kind needs an id."""
+    assert httpx.get(f"{server.url}/config/budget/global").json()["capacity"] == 10**9
+    assert httpx.get(f"{server.url}/config/budget/team").status_code == 400
+
+
 def test_missing_fields_are_named(server):
     """A budget without a capacity says that it is the capacity that is missing."""
     answer = server.post("/config/budget", json={"scope": "user", "id": "x", "refillPerSec": 1})

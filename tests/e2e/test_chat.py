@@ -285,9 +285,21 @@ def test_header_given_twice_is_refused(server, fake):
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-user-id")
 
 
+@pytest.mark.parametrize("written", ["{} ", "{}\t", "  {} \t "])
+def test_white_space_around_a_header_is_no_part_of_it(server, fake, user, written):
+    """A sloppy client does not slip out of its budget: HTTP's optional white space names nobody else."""
+    server.set_budget("user", user, 10, level=0)
+    body = b'{"model":"m","messages":[]}'
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx-user-id:{written.format(user)}\r\n"
+    with socket.create_connection(httpx.URL(server.url).netloc.decode().split(":")) as connection:
+        connection.sendall(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
+        assert b" 429 " in connection.makefile("rb").readline()
+
+
 def test_unknown_path_and_method_answer_in_the_same_shape(server):
     """A path or a method that is not there is an error of the provider's shape too."""
-    assert httpx.get(f"{server.url}/v1/nothing").json()["error"]["message"] == "Invalid URL (GET /v1/nothing)"
+    message = httpx.get(f"{server.url}/v1/nothing").json()["error"]["message"]
+    assert message.startswith("Invalid URL (GET /v1/nothing): TokenGuard serves /v1/chat/completions")
     answer = httpx.get(f"{server.url}/v1/chat/completions")
     assert answer.status_code == 405
     assert "POST" in answer.headers["allow"]

@@ -4,6 +4,8 @@ import asyncio
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -47,6 +49,7 @@ def test_without_a_key_it_says_how_to_go_on(tmp_path):
     ("settings", "parts"),
     [
         ({"TOKENGUARD_ADMIN_TOKN": "x"}, ("TOKENGUARD_ADMIN_TOKN", "did you mean TOKENGUARD_ADMIN_TOKEN")),
+        ({"CAP_USR": "5"}, ("CAP_USR", "did you mean CAP_USER")),
         ({"CAP_USER": "many"}, ("CAP_USER", "'many'", "whole number")),
         ({"RATE_USER": "-1"}, ("RATE_USER", "'-1'")),
         ({"OPENAI_BASE_URL": "api.openai.com"}, ("OPENAI_BASE_URL", "'api.openai.com'", "http")),
@@ -68,6 +71,15 @@ def test_port_in_use_is_said_in_a_line(tmp_path):
         done = tokenguard(tmp_path, "demo", "--port", str(port))
     assert done.returncode != 0
     assert str(port) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_dotenv_that_is_not_text_is_said_in_a_line(tmp_path):
+    """A .env in another encoding is named, and is no traceback."""
+    (tmp_path / ".env").write_bytes("CAP_USER=5\n".encode("utf-16"))
+    done = tokenguard(tmp_path, "demo")
+    assert done.returncode == 1
+    assert ".env must be UTF-8" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -132,6 +144,8 @@ def test_provider_that_is_not_there_costs_nothing(tmp_path, user):
         assert raised.value.code == "upstream_unreachable"
         assert server.level("user", user) == 1000
         assert httpx.get(f"{server.url}/v1/models").status_code == 502
+        assert server.log.count("the provider could not be reached (ConnectError: ") == 2
+        assert OUR_KEY not in server.log
 
 
 def test_provider_that_takes_too_long_stays_charged(tmp_path, fake, upstream_url, user):
@@ -174,6 +188,44 @@ def test_stopping_lets_running_streams_end(tmp_path, fake, upstream_url, upstrea
         upstream_loop.call_soon_threadsafe(stopping.set)
         assert [chunk.choices[0].delta.content for chunk in stream] == ["two"]
         assert server.process.wait(20) == 0
+
+
+def test_calls_that_do_not_end_in_time_are_cut_without_a_traceback(tmp_path, fake, upstream_url, user):
+    """When patience is over, a waiting caller gets a 503 in the usual shape, and a stream breaks off."""
+    arrived = threading.Event()
+
+    async def script(reply):
+        if reply.received.json.get("stream"):
+            await reply.head(headers=EVENTS)
+            await reply.piece(event(reply.received, delta("one")))
+        else:
+            arrived.set()
+        await reply.until_gone()
+
+    fake.script = script
+    with (
+        running(
+            tmp_path,
+            "serve",
+            OPENAI_API_KEY=OUR_KEY,
+            OPENAI_BASE_URL=upstream_url,
+            TOKENGUARD_SHUTDOWN_TIMEOUT_S=1,
+        ) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        stream = server.client(user).chat.completions.create(model="m", messages=MESSAGES, stream=True)
+        next(stream)
+        waiting = pool.submit(server.client(user).chat.completions.create, model="m", messages=MESSAGES)
+        assert arrived.wait(10)
+        assert server.stop() == 0
+        with pytest.raises(openai.InternalServerError, match="stopping") as raised:
+            waiting.result(10)
+        assert raised.value.status_code == 503
+        with pytest.raises(
+            (openai.APIConnectionError, httpx.RemoteProtocolError, Exception), match="closed|error"
+        ):
+            list(stream)
+        assert "stopping: 2 running calls have 1 s to end" in server.log
 
 
 def test_body_over_the_limit_is_refused(tmp_path, user):

@@ -182,10 +182,16 @@ def test_name_that_cannot_name_a_bucket_is_refused(field, value):
     assert str(error).encode()
 
 
-@pytest.mark.parametrize("value", ["x" * 256, "é" * 128, "a b/c:d", "*", " ", "日本"])
+@pytest.mark.parametrize("value", ["x" * 256, "é" * 128, "a b/c:d", "*", "日本"])
 def test_any_other_name_is_taken(value):
     """Spaces, slashes, colons and letters of any script may stand in an id."""
     assert read_name({"scope": "user", "id": value}).scope.id == value
+
+
+@pytest.mark.parametrize("value", [" ", "x ", "\u00a0x"])
+def test_name_with_white_space_at_its_ends_is_refused(value):
+    """No header could ever carry it, so no call would find its budget."""
+    assert "white space" in str(refused(typed(id=value)))
 
 
 def test_global_has_no_other_id():

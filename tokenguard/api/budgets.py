@@ -35,8 +35,8 @@ class BudgetList(AdminResource):
 
     async def on_get(self, req: Request, resp: Response) -> None:
         """List explicit budgets, page by page."""
-        limit, after = _limit(req.get_param("limit")), _after(req.get_param("after"))
-        page, more = self._budgets.page(after, limit)
+        query = _query(req, "limit", "after")
+        page, more = self._budgets.page(_after(query.get("after")), _limit(query.get("limit")))
         following = None if more is None else base64.urlsafe_b64encode(more).decode()
         data = [shown(state) for state in page]
         write_json(resp, 200, {"object": "list", "data": data, "has_more": more is not None, "after": following})
@@ -52,11 +52,11 @@ class OneBudget(AdminResource):
     def __init__(self, budgets: Budgets) -> None:
         self._budgets = budgets
 
-    async def on_get(self, req: Request, resp: Response, scope: str, scope_id: str) -> None:
+    async def on_get(self, req: Request, resp: Response, scope: str, scope_id: str | None = None) -> None:
         """Show the budget that holds for a scope, explicit or default."""
         write_json(resp, 200, shown(self._budgets.get(_name(req, scope, scope_id))))
 
-    async def on_delete(self, req: Request, resp: Response, scope: str, scope_id: str) -> None:
+    async def on_delete(self, req: Request, resp: Response, scope: str, scope_id: str | None = None) -> None:
         """Remove an explicit budget; tell what holds now."""
         default = self._budgets.delete(_name(req, scope, scope_id))
         write_json(resp, 200, {"deleted": True, "default": None if default is None else shown(default)})
@@ -79,12 +79,16 @@ def shown(state: BudgetState) -> dict[str, Any]:
     }
 
 
-def _name(req: Request, scope: str, scope_id: str) -> BucketName:
-    members: dict[str, Any] = {"scope": scope, "id": scope_id}
-    for field in ("meter", "model"):
-        if (value := req.get_param(field)) is not None:
-            members[field] = value
-    return read_name(members)
+def _name(req: Request, scope: str, scope_id: str | None) -> BucketName:
+    return read_name({"scope": scope, "id": scope_id, **_query(req, "meter", "model")})
+
+
+def _query(req: Request, *allowed: str) -> dict[str, str]:
+    """Return the query's parameters; one that is misspelled must not act on another budget than was meant."""
+    for name in req.params:
+        if name not in allowed:
+            raise InvalidRequest(name[:80], f"{name[:80]!r} is not a parameter; allowed are {', '.join(allowed)}")
+    return {name: str(req.get_param(name)) for name in req.params}
 
 
 def _limit(value: str | None) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from falcon.asgi import Request, Response
 
+from tokenguard import refusal
 from tokenguard.api.wire import headers_of, read_body, set_headers, write
 from tokenguard.errors import InvalidRequest, UpstreamError
 from tokenguard.exchange import End, Exchange, Terms, forwarded_headers, returned_headers
@@ -119,10 +121,13 @@ class Call:
         try:
             response = self._response = await self._while_caller_waits(self._upstream.open(request))
         except UpstreamError as error:
+            _log.warning("%s", error)
             return await self._break_off(error)
         except CallerGone:
             await self._break_off(None)
             return Answer(499, [], b"")
+        if response.status in (401, 403):
+            _log.warning("the provider answered %d: it may not accept our credentials", response.status)
         self.head = self._exchange.answered(response.status, response.headers)
         self._chunks = response.chunks().__aiter__()
         return None
@@ -217,6 +222,12 @@ def _path_of(model: str) -> str:
     return quote(checked_name("model", model), safe="/:")
 
 
+async def _send(send: Send, answer: Answer) -> None:
+    length = (b"content-length", b"%d" % len(answer.body))
+    await send({"type": "http.response.start", "status": answer.status, "headers": [*answer.headers, length]})
+    await send({"type": "http.response.body", "body": answer.body})
+
+
 class GuardedApp:
     """The outermost layer: however a request ends, its call is settled in the request's own task.
 
@@ -233,6 +244,10 @@ class GuardedApp:
             await self._app(scope, receive, send)
         except ConnectionCut as cut:  # the server closes a connection whose answer was not completed
             _log.warning("%s; the caller's connection was closed", cut)
+        except asyncio.CancelledError:  # the server stops, and has waited long enough
+            if scope["type"] == "http":
+                with suppress(RuntimeError):  # an answer had begun: that one is cut
+                    await _send(send, refusal.stopping())
         finally:
             if (call := scope.get(CALL)) is not None:
                 await call.close()

@@ -13,6 +13,8 @@ from tokenguard import refusal
 from tokenguard.errors import InvalidRequest, TokenGuardError
 from tokenguard.model import Answer, Headers
 
+SERVES = "/v1/chat/completions, /v1/models, /config/budget and /"
+
 _log = logging.getLogger("tokenguard")
 
 
@@ -59,24 +61,31 @@ def write_json(resp: Response, status: int, value: Any) -> None:  # noqa: ANN401
 
 
 async def on_tokenguard_error(req: Request, resp: Response, error: TokenGuardError, params: object) -> None:  # noqa: ARG001
-    """Answer an error of ours."""
+    """Answer an error of ours; log it if it is not the caller's."""
     if isinstance(error, BodyTooLarge):
-        write(resp, refusal.problem(413, str(error), "invalid_request_error", "body_too_large"))
+        answer = refusal.problem(413, str(error), "invalid_request_error", "body_too_large")
     else:
-        write(resp, refusal.error_answer(error))
+        answer = refusal.error_answer(error)
+    if answer.status >= 500:
+        _log.warning("%s", error)
+    write(resp, answer)
 
 
 async def on_http_error(req: Request, resp: Response, error: HTTPError, params: object) -> None:  # noqa: ARG001
     """Answer what Falcon itself refuses, such as a path or a method that is not there."""
     status = http_status_to_code(error.status)
+    headers = dict(error.headers or {})
+    code = None
     if status == 404:
-        message = f"Invalid URL ({req.method} {req.path})"
+        message = f"Invalid URL ({req.method} {req.path}): TokenGuard serves {SERVES}"
+        code = "unknown_url"
     elif status == 405:
-        message = f"Not allowed to {req.method} on {req.path}"
+        message = f"{req.method} is not allowed on {req.path}, but {headers.get('Allow')}"
+        code = "method_not_allowed"
     else:
         message = error.description or error.title or "The request cannot be answered."
-    write(resp, refusal.problem(status, message, "invalid_request_error", None))
-    for name, value in dict(error.headers or {}).items():
+    write(resp, refusal.problem(status, message, "invalid_request_error", code))
+    for name, value in headers.items():
         resp.set_header(name, value)
 
 
