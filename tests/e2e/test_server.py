@@ -221,9 +221,7 @@ def test_calls_that_do_not_end_in_time_are_cut_without_a_traceback(tmp_path, fak
         with pytest.raises(openai.InternalServerError, match="stopping") as raised:
             waiting.result(10)
         assert raised.value.status_code == 503
-        with pytest.raises(
-            (openai.APIConnectionError, httpx.RemoteProtocolError, Exception), match=r"closed|error"
-        ):
+        with pytest.raises((openai.APIConnectionError, httpx.RemoteProtocolError)):
             list(stream)
         assert "stopping: 2 running calls have 1 s to end" in server.log
 
