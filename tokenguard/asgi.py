@@ -83,7 +83,7 @@ class Lifespan:
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
 
-    async def process_shutdown(self, scope: Mapping[str, Any], event: Mapping[str, Any]) -> None:  # noqa: ARG002
+    async def process_shutdown(self, scope: Mapping[str, Any], event: Mapping[str, Any]) -> None:
         """Close them."""
         await self._upstream.close()
 

@@ -41,7 +41,7 @@ class AdminRule:
         self._token = token
         self._allow = tuple(allow)
 
-    async def process_resource(self, req: Request, resp: Response, resource: object, params: object) -> None:  # noqa: ARG002
+    async def process_resource(self, req: Request, resp: Response, resource: object, params: object) -> None:
         """Answer who may not, before the resource sees the request."""
         if not isinstance(resource, AdminResource):
             return

@@ -21,7 +21,7 @@ class Health:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
-    async def on_get(self, req: Request, resp: Response) -> None:  # noqa: ARG002
+    async def on_get(self, req: Request, resp: Response) -> None:
         """Tell what is running, and the time."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         state = {

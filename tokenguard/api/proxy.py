@@ -42,7 +42,7 @@ class CallerGone(Exception):
 class GuardedRequest(Request):
     """A request that lets its resource watch for the caller going away."""
 
-    def __init__(self, scope: dict[str, Any], receive: Receive, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, scope: dict[str, Any], receive: Receive, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as Falcon passes them
         super().__init__(scope, receive, *args, **kwargs)
         self.receive = receive
 
