@@ -134,7 +134,7 @@ class Server(uvicorn.Server):
             listening = self.servers[0].sockets[0].getsockname()
             host = f"[{listening[0]}]" if ":" in listening[0] else listening[0]
             click.echo(
-                f"tokenguard {__version__} on http://{host}:{listening[1]}; memory; upstream {self._upstream}; "
+                f"tokenguard {__version__} on http://{host}:{listening[1]} | memory | upstream {self._upstream} | "
                 f"{self._limits}"
             )
 
@@ -146,6 +146,6 @@ class Server(uvicorn.Server):
 
 
 def _limits(config: Config) -> str:
-    return "; ".join(
+    return " | ".join(
         f"{kind} {scale.capacity} tokens, {float(scale.rate):g}/s" for kind, scale in config.defaults.items()
     )
