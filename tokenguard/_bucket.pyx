@@ -351,7 +351,7 @@ cdef Status take(Table *t, Entry *entries, const int64_t *costs, int n, uint64_t
     return SHORT if longest else ALLOWED
 
 
-cdef int64_t charge(Table *t, Slot *s, int64_t delta) noexcept nogil:
+cdef int64_t charge(Slot *s, int64_t delta) noexcept nogil:
     """Take ``delta`` more tokens (or give them back) within the bounds; return how many were forgiven."""
     cdef int64_t bound = s.capacity + s.debt
     cdef int64_t before = s.level
@@ -377,7 +377,7 @@ cdef int64_t settle_all(Table *t, Entry *entries, const int64_t *deltas, int n, 
                 continue
         if refill(s, now_us):
             t.header.counters.clock_steps += 1
-        forgiven = add(forgiven, charge(t, s, deltas[i]))
+        forgiven = add(forgiven, charge(s, deltas[i]))
     t.header.counters.forgiven = add(t.header.counters.forgiven, forgiven)
     return forgiven
 
