@@ -106,9 +106,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise click.ClickException(
-            f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}"
-        ) from error
+        # create_server adds the address to its message, which we name already; a failed look-up has no errno
+        said = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise click.ClickException(f"cannot listen on {host} port {port}: {said}") from error
 
 
 class Server(uvicorn.Server):

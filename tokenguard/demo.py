@@ -65,11 +65,11 @@ def _document(status: int, value: object) -> DemoResponse:
 
 
 def _chat(asked: dict[str, Any]) -> DemoResponse:
-    choices = asked.get("n") or 1
+    choices = int(asked.get("n") or 1)
     words = _SAYS.split(" ")
     cap = asked.get("max_completion_tokens") or asked.get("max_tokens")
     if cap is not None and cap < len(words):
-        words, reason = words[:cap], "length"
+        words, reason = words[: int(cap)], "length"
     else:
         reason = "stop"
     prompt = max(1, len(json.dumps(asked["messages"])) // 4)

@@ -45,6 +45,9 @@ _NOT_TO_UPSTREAM = _HOP_BY_HOP | frozenset(
         *(b"host", b"content-length", b"content-type", b"accept-encoding", b"expect"),
         # the caller's credentials, and the choice of the account that pays
         *(b"authorization", b"cookie", b"api-key", b"x-api-key", b"openai-organization", b"openai-project"),
+        *(b"x-goog-api-key", b"ocp-apim-subscription-key"),
+        # what could turn the request into another one
+        *(b"x-http-method-override", b"x-http-method", b"x-method-override"),
         # who calls, and from where: nobody else's business
         *IDENTITY_HEADERS,
         *(b"forwarded", b"via", b"x-real-ip"),
@@ -52,7 +55,7 @@ _NOT_TO_UPSTREAM = _HOP_BY_HOP | frozenset(
 )
 _NOT_TO_CALLER = _HOP_BY_HOP | frozenset(
     # what speaks of the provider's host, where the caller sees ours
-    (b"date", b"server", b"set-cookie", b"alt-svc", b"strict-transport-security")
+    (b"date", b"server", b"location", b"set-cookie", b"alt-svc", b"strict-transport-security")
 )
 
 
@@ -185,7 +188,7 @@ class Exchange:
         """Take in the head of the provider's answer; return the head to pass on."""
         fields = dict(headers)
         encoding = fields.get(b"content-encoding", b"identity").strip().lower()
-        self._refused = status >= 400
+        self._refused = status >= 300  # a redirect has run no model either
         self._decoder = decoder_for(encoding)
         readable = encoding == b"identity" or self._decoder is not None
         if readable and fields.get(b"content-type", b"").lower().startswith(b"text/event-stream"):
@@ -217,7 +220,7 @@ class Exchange:
         if self._decoder is not None:
             self._decoder.finish()
         rest = self._reader.rest() if self._reader is not None else b""
-        return End(self._settlement(), rest)
+        return End(self._settlement(ended=True), rest)
 
     def abort(self, error: TokenGuardError | None = None) -> End:
         """The call broke off.
@@ -231,7 +234,7 @@ class Exchange:
             return End(settlement)
         return End(settlement, answer=refusal.error_answer(error))
 
-    def _settlement(self, *, refund: bool = False) -> Settlement | None:
+    def _settlement(self, *, ended: bool = False, refund: bool = False) -> Settlement | None:
         reservation, self._reservation = self._reservation, None
         if reservation is None:
             return None
@@ -239,10 +242,11 @@ class Exchange:
             return Settlement(reservation, 0)
         if self._reader is None:
             return Settlement(reservation, None)
-        if usage := self._reader.usage:
+        if usage := self._reader.final_usage(ended=ended):
             return Settlement(reservation, usage.total, partial(self._learn, usage))
         if streamed := self._reader.streamed_tokens:
-            return Settlement(reservation, self._estimate.prompt + streamed)
+            told = self._reader.usage or Usage(self._estimate.prompt, 0, 0)
+            return Settlement(reservation, max(told.total, told.prompt + streamed))
         return Settlement(reservation, None)
 
     def _learn(self, usage: Usage) -> None:

@@ -94,7 +94,10 @@ def shown(members: dict[str, Any], name: str) -> str:
     """Return a member as a message may show it: short, and plainly nothing if it is absent."""
     if name not in members:
         return "nothing"
-    text = repr(members[name])
+    try:
+        text = repr(members[name])
+    except RecursionError:
+        return "something nested too deeply"
     return text if len(text) <= 80 else text[:77] + "..."
 
 

@@ -98,6 +98,9 @@ class HttpxUpstream:
             raise UpstreamTimeout("no connection to the provider became free in time", sent=False) from error
         except httpx.HTTPError as error:
             raise _broken(error) from error
+        if not 200 <= response.status_code <= 599:
+            await response.aclose()
+            raise UpstreamError(f"the provider answered with a status of {response.status_code}", sent=True)
         return HttpxResponse(response)
 
     def _path(self, path: str) -> bytes:

@@ -1,5 +1,7 @@
 """Budgets over HTTP: set, list, show and remove, and who may."""
 
+import socket
+
 import httpx
 import openai
 import pytest
@@ -167,6 +169,13 @@ def test_without_a_token_only_peers_nearby_may_speak_for_themselves(server, head
     answer = httpx.get(f"{server.url}/config/budget", headers=headers)
     assert answer.status_code == 403
     assert "TOKENGUARD_ADMIN_TOKEN" in error_of(answer)["message"]
+
+
+def test_proxy_that_says_nothing_of_itself_is_not_this_machine(server):
+    """A bare reverse proxy forwards as HTTP/1.0 from the loopback: its callers are strangers."""
+    with socket.create_connection(httpx.URL(server.url).netloc.decode().split(":")) as connection:
+        connection.sendall(b"GET /config/budget HTTP/1.0\r\nhost: 127.0.0.1\r\n\r\n")
+        assert b" 403 " in connection.makefile("rb").readline()
 
 
 @pytest.mark.parametrize("path", ["//config/budget", "/config/budget/", "/%63onfig/budget", "/config//budget"])

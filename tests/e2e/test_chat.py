@@ -4,12 +4,13 @@ import asyncio
 import json
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import OUR_KEY, THEIR_KEY
+from tests.e2e.conftest import OUR_KEY, THEIR_KEY, running
 from tests.e2e.fake_openai import DONE, EVENTS, JSON, WORDS, completion, delta, event, usage_of
 
 MESSAGES = [{"role": "user", "content": "Say hello"}]
@@ -326,6 +327,26 @@ def test_providers_error_passes_and_costs_the_request_only(server, fake, user, s
     assert raised.value.response.headers["retry-after"] == "7"
     assert server.level("user", user) == CAPACITY
     assert server.level("user", user, meter="requests") == 9
+
+
+@pytest.mark.parametrize("line", [b"HTTP/1.1 799 Weird", b"HTTP/1.1 099 Low", b"garbage"])
+def test_answer_that_is_no_http_is_a_502(tmp_path, user, line):
+    """What cannot be passed on is said to be the provider's fault, and stays charged: it may have worked."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, ThreadPoolExecutor(1) as pool:
+
+        def answer():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(line + b"\r\ncontent-length: 0\r\n\r\n")
+
+        pool.submit(answer)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        with running(tmp_path, "serve", OPENAI_API_KEY=OUR_KEY, OPENAI_BASE_URL=url, RATE_USER=0) as server:
+            with pytest.raises(openai.InternalServerError) as raised:
+                chat(server.client(user), max_tokens=50)
+            assert raised.value.status_code == 502
+            assert server.level("user", user) == 1000 - 9 - 50
 
 
 def test_provider_that_breaks_off_a_stream_is_not_covered_up(server, fake, user):

@@ -125,7 +125,7 @@ def test_demo_answers_the_sdk_plain_and_streamed(tmp_path):
         text = "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices if c.index == 1)
         assert text == answer.choices[0].message.content
         assert server.level("user", "alice") == 1000 - answer.usage.total_tokens - chunks[-1].usage.total_tokens
-        short = client.chat.completions.create(model="m", messages=MESSAGES, max_tokens=2)
+        short = client.chat.completions.create(model="m", messages=MESSAGES, max_tokens=2.0, n=1.0)
         assert short.choices[0].finish_reason == "length"
         assert [model.id for model in client.models.list()] == ["tokenguard-demo"]
         with pytest.raises(openai.NotFoundError):

@@ -468,6 +468,21 @@ def caller_left_a_refusal_of_the_provider():
     return call, call.exchange.abort
 
 
+def early_usage_then_output():
+    call = Call(stream=True)
+    call.answered(headers=EVENTS)
+    call.fed(b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":0,"total_tokens":9}}\n\n')
+    call.fed(b'data: {"choices":[{"delta":{"content":"word"}}]}\n\n' * 30)
+    return call, call.exchange.finish
+
+
+def early_usage_then_caller_left():
+    call = Call(stream=True)
+    call.answered(headers=EVENTS)
+    call.fed(b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":0,"total_tokens":9}}\n\n')
+    return call, call.exchange.abort
+
+
 def provider_redirected():
     call = Call()
     call.answered(307, [(b"location", b"https://elsewhere.example")])
@@ -504,7 +519,9 @@ ENDINGS = {
     provider_refused_a_stream: NOTHING,
     provider_refused_and_broke_off: NOTHING,
     caller_left_a_refusal_of_the_provider: NOTHING,
-    provider_redirected: RESERVED,
+    provider_redirected: NOTHING,
+    early_usage_then_output: 9 + 30,
+    early_usage_then_caller_left: RESERVED,
 }
 every_ending = pytest.mark.parametrize("ending", ENDINGS, ids=lambda ending: ending.__name__)
 

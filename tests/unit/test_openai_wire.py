@@ -287,7 +287,7 @@ def test_text_that_is_no_unicode_is_refused():
             b'{"stream_options":{"a":{"b":[]},"include_usage" : true},"model":"m","messages":[]}',
         ),
         (
-            '{"é":"😀","stream_options":{"é":"😀","include_usage":0},"model":"m","messages":[]}'.encode(),
+            '{"é":"😀","stream_options":{"é":"😀","include_usage":false},"model":"m","messages":[]}'.encode(),
             '{"é":"😀","stream_options":{"é":"😀","include_usage":true},"model":"m","messages":[]}'.encode(),
         ),
         (
@@ -732,3 +732,59 @@ def test_error_has_all_four_members():
 def test_error_about_text_that_is_no_unicode_can_be_written():
     """A lone surrogate that a caller sent, shown in an error, does not break the error."""
     assert json.loads(error_body("\ud800", "invalid_request_error", None, "\ud800"))["error"]
+
+
+def test_usage_that_output_followed_is_not_the_calls():
+    """A usage told early, or in the middle, is of a part: the whole call's must come after the last output."""
+    reader = EventStream(swallow_usage=False)
+    fed(reader, [event(LAST), event(delta("word")), event(delta("word"))])
+
+    assert reader.usage == COUNTED
+    assert reader.final_usage(ended=True) is None
+
+    fed(reader, [event(LAST)])
+    assert reader.final_usage(ended=True) == COUNTED
+
+
+def test_usage_of_a_stream_that_has_not_finished_is_not_the_calls():
+    """Until the stream ended, or told why it finished, more output may come."""
+    reader = EventStream(swallow_usage=False)
+    fed(reader, [event({**delta("word"), "usage": USAGE})])
+
+    assert reader.final_usage(ended=False) is None
+    assert reader.final_usage(ended=True) == COUNTED
+
+    finished = delta("")
+    finished["choices"][0]["finish_reason"] = "stop"
+    fed(reader, [event(finished)])
+    assert reader.final_usage(ended=False) == COUNTED
+
+
+@pytest.mark.parametrize("oddity", [b"NaN", b"-Infinity", b'"\\ud83d"', b"[[[]]]", b"1e999"])
+def test_oddity_beside_the_usage_does_not_hide_it(oddity):
+    """What strict JSON refuses elsewhere in an answer or a chunk leaves the usage readable."""
+    odd = b'{"choices":[],"odd":' + oddity + b',"usage":' + json.dumps(USAGE).encode() + b"}"
+    answer, stream = JsonAnswer(), EventStream(swallow_usage=False)
+    fed(answer, [odd])
+    fed(stream, [b"data: " + odd + b"\n\n"])
+
+    assert answer.usage == stream.usage == COUNTED
+
+
+def test_total_that_is_null_is_the_sum():
+    """A provider that leaves the total out in that way has still told the parts."""
+    assert read_usage({**USAGE, "total_tokens": None}) == COUNTED
+
+
+@pytest.mark.parametrize("value", ["false", "no", 0, 1, []])
+def test_include_usage_is_a_boolean(value):
+    """What one parser takes for true and another for false is refused, like any other switch."""
+    with pytest.raises(InvalidRequest, match="include_usage must be true or false"):
+        chat(stream=True, stream_options={"include_usage": value})
+
+
+@pytest.mark.parametrize("name", ["Model", "STREAM", "Max_Tokens", "N"])
+def test_member_that_differs_in_case_is_refused(name):
+    """Parsers that ignore case would read another call than the one that is guarded."""
+    with pytest.raises(InvalidRequest, match=f"{name} is not a member, but {name.lower()} is"):
+        chat(**{name: 1})

@@ -70,6 +70,8 @@ class AdminRule:
         names = [name.lower() for name in req.headers]
         if any(name in _FORWARDED or name.startswith("x-forwarded-") for name in names):
             return "forwarded requests"
+        if req.scope["http_version"] == "1.0":
+            return "HTTP/1.0, which is how a proxy that says nothing of itself forwards"
         if not self._is_near(req.scope.get("client")):
             return "peers outside TOKENGUARD_ADMIN_ALLOW"
         host = req.get_header("host") or ""

@@ -30,6 +30,11 @@ T = TypeVar("T")
 
 _log = logging.getLogger("tokenguard")
 
+_REDIRECTS = "OPENAI_BASE_URL may not be quite the provider's address"
+_CREDENTIALS = "it may not accept our credentials"
+_TELLING = {**dict.fromkeys((301, 302, 303, 307, 308), _REDIRECTS), **dict.fromkeys((401, 403), _CREDENTIALS)}
+"""Answers that speak of our configuration rather than of the call."""
+
 
 class ConnectionCut(Exception):
     """The provider's answer broke off midway: the caller's connection must break off too, not end."""
@@ -126,8 +131,8 @@ class Call:
         except CallerGone:
             await self._break_off(None)
             return Answer(499, [], b"")
-        if response.status in (401, 403):
-            _log.warning("the provider answered %d: it may not accept our credentials", response.status)
+        if response.status in _TELLING:
+            _log.warning("the provider answered %d: %s", response.status, _TELLING[response.status])
         self.head = self._exchange.answered(response.status, response.headers)
         self._chunks = response.chunks().__aiter__()
         return None

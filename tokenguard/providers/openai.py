@@ -34,6 +34,8 @@ MAX_EVENT_BYTES = 2**20
 MAX_USAGE = 10**12
 
 _CAPS = ("max_completion_tokens", "max_tokens")
+_SHAPES = ("tools", "functions", "response_format")
+_READ = frozenset(("model", "messages", "stream", "stream_options", "n", *_CAPS, *_SHAPES))
 
 
 def error_body(message: str, kind: str, code: str | None, param: str | None = None, **more: object) -> bytes:
@@ -75,7 +77,7 @@ class ChatRequest:
     @property
     def asks_for_usage(self) -> bool:
         """Whether the caller wants the usage at the end of the stream."""
-        return bool((self.body.members.get("stream_options") or {}).get("include_usage"))
+        return (self.body.members.get("stream_options") or {}).get("include_usage") is True
 
     def body_with_usage(self) -> bytes:
         """Return the body with ``stream_options.include_usage`` set, and nothing else changed."""
@@ -93,6 +95,9 @@ def read_chat(raw: bytes) -> ChatRequest:
     """
     body = read_object(raw)
     members = body.members
+    for name in members:
+        if name not in _READ and name.lower() in _READ:
+            raise InvalidRequest(name, f"{name} is not a member, but {name.lower()} is: some parsers mix them up")
     if not isinstance(model := members.get("model"), str):
         raise InvalidRequest("model", f"model must be a string, got {shown(members, 'model')}")
     if not isinstance(messages := members.get("messages"), list):
@@ -101,6 +106,7 @@ def read_chat(raw: bytes) -> ChatRequest:
         raise InvalidRequest(
             "stream_options", f"stream_options must be an object, got {shown(members, 'stream_options')}"
         )
+    _boolean(members.get("stream_options") or {}, "include_usage")
     caps = [cap for name in _CAPS if (cap := _optional(members, name, MAX_OUTPUT_TOKENS)) is not None]
     size = _size_prompt(members)
     return ChatRequest(
@@ -136,7 +142,7 @@ def _size_prompt(members: dict[str, Any]) -> _Size:
     size = _Size()
     try:
         _add(size, members["messages"])
-        for name in ("tools", "functions", "response_format"):
+        for name in _SHAPES:
             if members.get(name):
                 size.text_bytes += len(json.dumps(members[name], ensure_ascii=False).encode())
     except UnicodeEncodeError:
@@ -146,13 +152,13 @@ def _size_prompt(members: dict[str, Any]) -> _Size:
     return size
 
 
-def _add(size: _Size, value: Any) -> None:  # noqa: ANN401 - any JSON
-    """Add all text in ``value``, however deep it is nested."""
+def _add(size: _Size, value: Any, errors: str = "strict") -> None:  # noqa: ANN401 - any JSON
+    """Add all text in ``value``, however deep it is nested; ``errors`` is for text that is no Unicode."""
     left = [value]
     while left:
         value = left.pop()
         if isinstance(value, str):
-            size.text_bytes += len(value) if value.isascii() else len(value.encode())
+            size.text_bytes += len(value) if value.isascii() else len(value.encode(errors=errors))
         elif isinstance(value, list):
             left += value
         elif isinstance(value, dict):
@@ -193,7 +199,9 @@ def read_usage(value: object) -> Usage | None:
     prompt, completion = value.get("prompt_tokens", 0), value.get("completion_tokens", 0)
     if not (_is_count(prompt) and _is_count(completion)):
         return None
-    total = value.get("total_tokens", prompt + completion)
+    total = value.get("total_tokens")
+    if total is None:
+        total = prompt + completion
     return Usage(prompt, completion, total) if _is_count(total) and total > 0 else None
 
 
@@ -230,18 +238,30 @@ class JsonAnswer:
     @property
     def usage(self) -> Usage | None:
         """The usage, once the whole document has come."""
-        if self._kept is None:
-            return None
+        answer = None if self._kept is None else _decode(b"".join(self._kept))
+        return None if answer is None else read_usage(answer.get("usage"))
+
+    def final_usage(self, *, ended: bool) -> Usage | None:  # noqa: ARG002 - a part of a document is none
+        """Return what the whole call took, if that has been told."""
+        return self.usage
+
+
+def _decode(document: bytes) -> dict[str, Any] | None:
+    """Return the object that a provider sent, or None if it is none.
+
+    What strict JSON refuses, such as NaN or half a surrogate pair, must not hide the usage beside it.
+    """
+    try:
+        value = msgspec.json.decode(document)
+    except (msgspec.DecodeError, ValueError, RecursionError):
         try:
-            answer = msgspec.json.decode(b"".join(self._kept))
-        except _UNREADABLE:
+            value = json.loads(document)
+        except (ValueError, RecursionError):
             return None
-        return read_usage(answer.get("usage")) if isinstance(answer, dict) else None
+    return value if isinstance(value, dict) else None
 
 
-_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _EVENT_END = re.compile(rb"(?>\r\n|\n|\r){2}")
-_CHUNK = msgspec.json.Decoder(dict[str, Any])
 
 
 class EventStream:
@@ -259,7 +279,9 @@ class EventStream:
         self.usage: Usage | None = None
         self._swallow_usage = swallow_usage
         self._pending = b""
+        self._finished = False
         self._deltas = 0
+        self._deltas_at_usage = 0
         self._delta_bytes = 0
 
     @property
@@ -292,22 +314,32 @@ class EventStream:
     def _read(self, event: bytes) -> bool:
         """Take note of one event; return whether it tells the usage and nothing else."""
         lines = [line[5:].strip() for line in event.splitlines() if line.startswith(b"data:")]
-        try:
-            chunk = _CHUNK.decode(b"\n".join(lines))
-        except _UNREADABLE:
+        if not lines or lines == [b"[DONE]"] or (chunk := _decode(b"\n".join(lines))) is None:
             return False
-        if usage := read_usage(chunk.get("usage")):
-            self.usage = usage
         choices = chunk.get("choices")
         for choice in choices if isinstance(choices, list) else ():
             self._read_choice(choice)
+        if usage := read_usage(chunk.get("usage")):
+            self.usage = usage
+            self._deltas_at_usage = self._deltas
         return choices == [] and chunk.get("usage") is not None
 
+    def final_usage(self, *, ended: bool) -> Usage | None:
+        """Return what the whole call took, if that has been told; a usage that output followed was of a part.
+
+        Args:
+            ended: Whether the stream has come to its end.
+        """
+        return self.usage if (ended or self._finished) and self._deltas == self._deltas_at_usage else None
+
     def _read_choice(self, choice: object) -> None:
-        if not isinstance(choice, dict) or not isinstance(delta := choice.get("delta"), dict):
+        if not isinstance(choice, dict):
+            return
+        self._finished = self._finished or choice.get("finish_reason") is not None
+        if not isinstance(delta := choice.get("delta"), dict):
             return
         size = _Size()
-        _add(size, delta)
+        _add(size, delta, "surrogatepass")
         if size.text_bytes:
             self._deltas += 1
             self._delta_bytes += size.text_bytes
