@@ -25,7 +25,6 @@ from tokenguard.errors import StaleHandle, TableBusy, TableFull
 
 cdef extern from *:
     """
-    #include <errno.h>
     #include <pthread.h>
     #include <stdint.h>
     #include <time.h>
@@ -216,6 +215,14 @@ cdef inline int64_t wait_us(const Slot *s, int64_t cost, int64_t now_us) noexcep
     return time_us(s, cost * s.unit - s.level, now_us)
 
 
+cdef inline Slot full(const Slot *want, int64_t now_us) noexcept nogil:
+    """Return a new bucket of a key and scale: it is full."""
+    cdef Slot s = want[0]
+    s.level = s.capacity * s.unit
+    s.tick = now_us // s.tick_us
+    return s
+
+
 # --- the table ----------------------------------------------------------------------------------------------
 
 cdef inline bint is_key(const Slot *s, const Slot *want) noexcept nogil:
@@ -304,9 +311,7 @@ cdef Slot *insert(Table *t, Entry *keep, int n, Entry *e, int64_t now_us) noexce
     while t.index[i]:
         i = (i + 1) & h.index_mask
     t.index[i] = slot + 1
-    t.slots[slot] = e.want
-    t.slots[slot].level = e.want.capacity * e.want.unit
-    t.slots[slot].tick = now_us // e.want.tick_us
+    t.slots[slot] = full(&e.want, now_us)
     e.slot = slot
     return &t.slots[slot]
 
@@ -325,9 +330,7 @@ cdef Status take(Table *t, Entry *entries, const int64_t *costs, int n, uint64_t
     for i in range(n):
         slots[i] = find(t, &entries[i])
         if slots[i] == NULL:
-            work[i] = entries[i].want
-            work[i].level = work[i].capacity * work[i].unit
-            work[i].tick = now_us // work[i].tick_us
+            work[i] = full(&entries[i].want, now_us)
         else:
             work[i] = slots[i][0]
             if bring_up(t, &work[i], &entries[i].want, now_us):
@@ -390,10 +393,10 @@ cdef void peek_all(Table *t, Entry *entries, int n, Bucket *seen, int64_t now_us
     cdef int i
     for i in range(n):
         s = find(t, &entries[i])
-        work = s[0] if s != NULL else entries[i].want
         if s == NULL:
-            work.level, work.tick = work.capacity * work.unit, now_us // work.tick_us
+            work = full(&entries[i].want, now_us)
         else:
+            work = s[0]
             bring_up(t, &work, &entries[i].want, now_us)
         seen[i].level, seen[i].tick, seen[i].cost, seen[i].wait_us = work.level, work.tick, 0, 0
     t.header.counters = counters  # nothing happened: what bring_up counted, it counted on copies
@@ -477,7 +480,7 @@ cdef class Outcome:
         return f"<Outcome {what}, levels {[self.level(i) for i in range(len(self))]}>"
 
 
-cdef Outcome new_outcome(Handle handle, int64_t now_us):
+cdef Outcome new_outcome(Handle handle):
     cdef Outcome o = Outcome.__new__(Outcome)
     o.handle = handle
     o.seen = <Bucket *>PyMem_Malloc(handle.count * sizeof(Bucket))
@@ -485,19 +488,7 @@ cdef Outcome new_outcome(Handle handle, int64_t now_us):
         raise MemoryError
     o.allowed = True
     o.binding = -1
-    o.now_us = now_us
     return o
-
-
-cdef int64_t given_us(now_us) except -2:
-    """Return the time given, or -1 if the clock is to be read under the lock."""
-    cdef int64_t us
-    if now_us is None:
-        return -1
-    us = PyLong_AsLongLong(now_us)
-    if not 0 <= us < <int64_t>1 << 53:
-        raise ValueError(f"now_us must be between 0 and 2^53 - 1, got {us}")
-    return us
 
 
 cdef class BucketTable:
@@ -539,6 +530,16 @@ cdef class BucketTable:
                 raise TableBusy("the table of buckets was locked for over a second")
         return 0
 
+    cdef int64_t lock_at(self, now_us) except -1:
+        """Take the lock; return the time given, or what the clock says now that the lock is ours."""
+        cdef int64_t us = -1
+        if now_us is not None:
+            us = PyLong_AsLongLong(now_us)
+            if not 0 <= us < <int64_t>1 << 53:
+                raise ValueError(f"now_us must be between 0 and 2^53 - 1, got {us}")
+        self.lock()
+        return tg_now_us() if us < 0 else us
+
     cdef void unlock(self) noexcept:
         pthread_mutex_unlock(&self.table.header.lock)
 
@@ -577,10 +578,17 @@ cdef class BucketTable:
         handle.count = len(buckets)
         return handle
 
-    cdef int read(self, Handle handle, tuple amounts, int64_t *into) except -1:
-        cdef int i
+    cdef int own(self, Handle handle) except -1:
         if handle.owner is not self:
             raise ValueError("the handle was prepared by another table")
+        return 0
+
+    cdef int full_up(self) except -1:
+        raise TableFull(f"all {self.table.header.slots} buckets are in use, none of them full")
+
+    cdef int read(self, Handle handle, tuple amounts, int64_t *into) except -1:
+        cdef int i
+        self.own(handle)
         if len(amounts) != handle.count:
             raise ValueError(f"the plan has {handle.count} buckets, got {len(amounts)} amounts")
         for i in range(handle.count):
@@ -596,16 +604,14 @@ cdef class BucketTable:
         for i in range(handle.count):
             if cost[i] < 0:
                 raise ValueError(f"a cost must be at least 0, got {cost[i]}")
-        o = new_outcome(handle, given_us(now_us))
-        self.lock()
-        if o.now_us < 0:
-            o.now_us = tg_now_us()
+        o = new_outcome(handle)
+        o.now_us = self.lock_at(now_us)
         status = take(&self.table, handle.entries, cost, handle.count, handle.epoch, o.seen, &o.binding, o.now_us)
         self.unlock()
         if status == STALE:
             raise StaleHandle("a budget changed since the plan was prepared")
         if status == FULL:
-            raise TableFull(f"all {self.table.header.slots} buckets are in use, none of them full")
+            self.full_up()
         o.allowed = status == ALLOWED
         return o
 
@@ -613,22 +619,16 @@ cdef class BucketTable:
         cdef int64_t delta[PLAN]
         cdef int64_t now, forgiven
         self.read(handle, deltas, delta)
-        now = given_us(now_us)
-        self.lock()
-        if now < 0:
-            now = tg_now_us()
+        now = self.lock_at(now_us)
         forgiven = settle_all(&self.table, handle.entries, delta, handle.count, now)
         self.unlock()
         return forgiven
 
     def peek(self, Handle handle not None, now_us=None):
         cdef Outcome o
-        if handle.owner is not self:
-            raise ValueError("the handle was prepared by another table")
-        o = new_outcome(handle, given_us(now_us))
-        self.lock()
-        if o.now_us < 0:
-            o.now_us = tg_now_us()
+        self.own(handle)
+        o = new_outcome(handle)
+        o.now_us = self.lock_at(now_us)
         peek_all(&self.table, handle.entries, handle.count, o.seen, o.now_us)
         self.unlock()
         return o
@@ -637,18 +637,16 @@ cdef class BucketTable:
         cdef Entry e
         cdef bint has_level = level is not None
         cdef int64_t tokens = PyLong_AsLongLong(level) if has_level else 0
-        cdef int64_t now = given_us(now_us)
+        cdef int64_t now
         cdef bint done
         self.fill(&e, key, scale)
         if not -e.want.debt <= tokens <= e.want.capacity:
             raise ValueError(f"level must be between {-e.want.debt} and {e.want.capacity}, got {tokens}")
-        self.lock()
-        if now < 0:
-            now = tg_now_us()
+        now = self.lock_at(now_us)
         done = put(&self.table, &e, has_level, tokens, now)
         self.unlock()
         if not done:
-            raise TableFull(f"all {self.table.header.slots} buckets are in use, none of them full")
+            self.full_up()
 
     def remove(self, key):
         cdef Entry e

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from tokenguard import arithmetic
+from tokenguard._bucket import MAX_BUCKETS
 from tokenguard.errors import InvalidSetting, InvalidValue
 from tokenguard.model import SCOPE_KINDS, Scale
 
@@ -166,7 +167,7 @@ SETTINGS: dict[str, Setting] = {
     "RATE_USER": Setting(_rate, "5"),
     "TOKENGUARD_ADMIN_TOKEN": Setting(_secret, secret=True),
     "TOKENGUARD_ADMIN_ALLOW": Setting(_networks, "127.0.0.0/8,::1/128"),
-    "TOKENGUARD_BUCKETS": Setting(_whole(1, 10_000_000), "500000"),
+    "TOKENGUARD_BUCKETS": Setting(_whole(1, MAX_BUCKETS), "500000"),
     "TOKENGUARD_MAX_BODY_BYTES": Setting(_whole(1, 2**30), str(20 * 2**20)),
     "TOKENGUARD_CONNECT_TIMEOUT_S": Setting(_seconds, "5"),
     "TOKENGUARD_READ_TIMEOUT_S": Setting(_seconds, "600"),

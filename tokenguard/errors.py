@@ -28,6 +28,10 @@ class InvalidRequest(InvalidValue):
     """A caller's request cannot be read."""
 
 
+class BodyTooLarge(InvalidRequest):
+    """A request's body is larger than the configured limit."""
+
+
 class BudgetNotFound(TokenGuardError, LookupError):
     """There is no explicit budget under the given name."""
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 
 from tokenguard.errors import (
+    BodyTooLarge,
     BudgetNotFound,
     InvalidValue,
     StaleHandle,
@@ -74,6 +75,8 @@ def limit_headers(decision: Decision) -> Headers:
 def error_answer(error: TokenGuardError) -> Answer:
     """Return the answer to a request that failed of itself, of us or of the provider."""
     match error:
+        case BodyTooLarge():
+            return problem(413, str(error), "invalid_request_error", "body_too_large")
         case InvalidValue():
             return problem(400, str(error), "invalid_request_error", "invalid_value", error.field)
         case BudgetNotFound():
@@ -90,6 +93,11 @@ def error_answer(error: TokenGuardError) -> Answer:
                 "no_bucket",
                 retry_after_s=1,
             )
+    return failed()
+
+
+def failed() -> Answer:
+    """Return the answer to a request that failed for a reason that is nobody's business but ours."""
     return problem(500, "The request failed inside TokenGuard.", "server_error", None)
 
 

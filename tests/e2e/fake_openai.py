@@ -110,6 +110,19 @@ WORDS = ("Hello", " there", ", world")
 DONE = b"data: [DONE]\n\n"
 
 
+def in_two_parts(first, second, go_on):
+    """Return a script that streams ``first``, and ``second`` once the event ``go_on`` is set."""
+
+    async def script(reply):
+        await reply.head(headers=EVENTS)
+        await reply.piece(event(reply.received, delta(first)))
+        await go_on.wait()
+        await reply.piece(event(reply.received, delta(second)) + DONE)
+        await reply.end()
+
+    return script
+
+
 @dataclass
 class FakeOpenAI:
     """Answers as OpenAI does, with the usage that the test sets, or by a script of the test's."""

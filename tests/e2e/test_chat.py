@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tests.e2e.conftest import OUR_KEY, THEIR_KEY, running
-from tests.e2e.fake_openai import DONE, EVENTS, JSON, WORDS, completion, delta, event, usage_of
+from tests.e2e.fake_openai import EVENTS, JSON, WORDS, completion, delta, event, in_two_parts, usage_of
 
 MESSAGES = [{"role": "user", "content": "Say hello"}]
 CAPACITY = 10**6
@@ -122,14 +122,7 @@ def test_chunks_are_relayed_as_they_come(server, fake, user, upstream_loop):
     """The first chunk reaches the caller while the provider still holds back the second."""
     go_on = asyncio.Event()
 
-    async def script(reply):
-        await reply.head(headers=EVENTS)
-        await reply.piece(event(reply.received, delta("first")))
-        await go_on.wait()
-        await reply.piece(event(reply.received, delta("second")) + DONE)
-        await reply.end()
-
-    fake.script = script
+    fake.script = in_two_parts("first", "second", go_on)
     stream = chat(server.client(user), stream=True)
     assert next(stream).choices[0].delta.content == "first"
     upstream_loop.call_soon_threadsafe(go_on.set)
@@ -394,13 +387,7 @@ def test_caller_who_leaves_before_any_output_pays_the_reservation(server, fake, 
 
     fake.script = script
     body = {"model": f"model-of-{user}", "messages": MESSAGES, "stream": True, "max_tokens": 50}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(
-            f"{server.url}/v1/chat/completions",
-            json=body,
-            headers={"x-user-id": user},
-            timeout=httpx.Timeout(10, read=0.3),
-        )
+    hang_up(server, user, body)
     assert arrived.wait(10)
     assert closed.wait(10)
     assert server.level("user", user) == CAPACITY - 9 - 50
@@ -417,6 +404,15 @@ def test_caller_who_leaves_a_plain_call_pays_what_it_took(server, fake, user, up
 
     fake.script = script
     body = {"model": f"model-of-{user}", "messages": MESSAGES, "max_tokens": 50}
+    hang_up(server, user, body)
+    assert server.level("user", user) == CAPACITY - 9 - 50
+    upstream_loop.call_soon_threadsafe(go_on.set)
+    assert finished.wait(10)
+    wait_for(lambda: server.level("user", user) == CAPACITY - 100)
+
+
+def hang_up(server, user, body):
+    """Make a call and leave before it is answered."""
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
             f"{server.url}/v1/chat/completions",
@@ -424,10 +420,6 @@ def test_caller_who_leaves_a_plain_call_pays_what_it_took(server, fake, user, up
             headers={"x-user-id": user},
             timeout=httpx.Timeout(10, read=0.3),
         )
-    assert server.level("user", user) == CAPACITY - 9 - 50
-    upstream_loop.call_soon_threadsafe(go_on.set)
-    assert finished.wait(10)
-    wait_for(lambda: server.level("user", user) == CAPACITY - 100)
 
 
 def wait_for(condition):

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from tests.e2e.conftest import OUR_KEY, environment, running
-from tests.e2e.fake_openai import DONE, EVENTS, delta, event
+from tests.e2e.fake_openai import EVENTS, delta, event, in_two_parts
 
 MESSAGES = [{"role": "user", "content": "Say hello"}]
 
@@ -173,14 +173,7 @@ def test_stopping_lets_running_streams_end(tmp_path, fake, upstream_url, upstrea
     """SIGTERM waits for a stream that is under way, which its caller receives whole; the exit code is 0."""
     stopping = asyncio.Event()
 
-    async def script(reply):
-        await reply.head(headers=EVENTS)
-        await reply.piece(event(reply.received, delta("one")))
-        await stopping.wait()
-        await reply.piece(event(reply.received, delta("two")) + DONE)
-        await reply.end()
-
-    fake.script = script
+    fake.script = in_two_parts("one", "two", stopping)
     with running(tmp_path, "serve", OPENAI_API_KEY=OUR_KEY, OPENAI_BASE_URL=upstream_url) as server:
         stream = server.client(user).chat.completions.create(model="m", messages=MESSAGES, stream=True)
         assert next(stream).choices[0].delta.content == "one"

@@ -79,6 +79,14 @@ class SideBySide(RuleBasedStateMachine):
         for bucket in self.oracle.buckets.values():
             assert -bucket.terms.max_debt <= bucket.level <= bucket.terms.capacity
 
+    @precondition(lambda self: self.calls)
+    @rule(number=st.integers(0, 99))
+    def refund(self, number):
+        handle, plan, costs = self.calls.pop(number % len(self.calls))
+        deltas = tuple(-cost for cost in costs)
+        assert self.table.settle(handle, deltas, self.now_us) == 0
+        assert self.oracle.settle(plan, deltas, self.now_us) == 0
+
 
 class EngineMachine(SideBySide):
     """Everything that may happen to buckets for which there is room: the stored integers agree, always."""
@@ -137,14 +145,6 @@ class EngineMachine(SideBySide):
         deltas = tuple(amount(part, terms) for (_, terms), part in zip(plan, parts, strict=False))
         expected = self.oracle.settle(plan, deltas, self.now_us)
         assert self.table.settle(handle, deltas, self.now_us) == expected
-
-    @precondition(lambda self: self.calls)
-    @rule(number=st.integers(0, 99))
-    def refund(self, number):
-        handle, plan, costs = self.calls.pop(number % len(self.calls))
-        deltas = tuple(-cost for cost in costs)
-        assert self.table.settle(handle, deltas, self.now_us) == 0
-        assert self.oracle.settle(plan, deltas, self.now_us) == 0
 
     @rule(key=st.sampled_from(KEYS), terms=budgets())
     def configure(self, key, terms):
@@ -229,14 +229,6 @@ class CrowdedMachine(SideBySide):
             deltas = tuple(amount(part, terms) for (_, terms), part in zip(plan, parts, strict=False))
             expected = self.oracle.settle(plan, deltas, self.now_us)
             assert self.table.settle(handle, deltas, self.now_us) == expected
-
-    @precondition(lambda self: self.calls)
-    @rule(number=st.integers(0, 99))
-    def refund(self, number):
-        handle, plan, costs = self.calls.pop(number % len(self.calls))
-        deltas = tuple(-cost for cost in costs)
-        assert self.table.settle(handle, deltas, self.now_us) == 0
-        assert self.oracle.settle(plan, deltas, self.now_us) == 0
 
     @rule(path=crowd_paths)
     def peek(self, path):

@@ -10,16 +10,12 @@ from falcon import HTTPError, http_status_to_code
 from falcon.asgi import Request, Response
 
 from tokenguard import refusal
-from tokenguard.errors import InvalidRequest, TokenGuardError
+from tokenguard.errors import BodyTooLarge, TokenGuardError
 from tokenguard.model import Answer, Headers
 
 SERVES = "/v1/chat/completions, /v1/models, /config/budget and /"
 
 _log = logging.getLogger("tokenguard")
-
-
-class BodyTooLarge(InvalidRequest):
-    """The body is larger than the configured limit."""
 
 
 def headers_of(req: Request) -> Headers:
@@ -63,10 +59,7 @@ def write_json(resp: Response, status: int, value: Any) -> None:  # noqa: ANN401
 
 async def on_tokenguard_error(req: Request, resp: Response, error: TokenGuardError, params: object) -> None:
     """Answer an error of ours; log it if it is not the caller's."""
-    if isinstance(error, BodyTooLarge):
-        answer = refusal.problem(413, str(error), "invalid_request_error", "body_too_large")
-    else:
-        answer = refusal.error_answer(error)
+    answer = refusal.error_answer(error)
     if answer.status >= 500:
         _log.warning("%s", error)
     write(resp, answer)
@@ -93,4 +86,4 @@ async def on_http_error(req: Request, resp: Response, error: HTTPError, params: 
 async def on_unexpected_error(req: Request, resp: Response, error: Exception, params: object) -> None:
     """Answer what should not have happened, and log it."""
     _log.error("%s %s failed", req.method, req.path, exc_info=error)
-    write(resp, refusal.problem(500, "The request failed inside TokenGuard.", "server_error", None))
+    write(resp, refusal.failed())
