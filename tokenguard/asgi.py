@@ -16,6 +16,7 @@ from tokenguard.api.budgets import BudgetList, OneBudget
 from tokenguard.api.health import Health
 from tokenguard.api.proxy import ChatCompletions, GuardedApp, GuardedRequest, Models
 from tokenguard.api.wire import on_http_error, on_tokenguard_error, on_unexpected_error
+from tokenguard.backends import Backend
 from tokenguard.backends.memory import MemoryBackend
 from tokenguard.budgets import Budgets
 from tokenguard.config import Config, read_config
@@ -41,12 +42,15 @@ def environment() -> Mapping[str, str]:
     return {**{name: value for name, value in written.items() if value is not None}, **os.environ}
 
 
-def create_app(config: Config | None = None, upstream: Upstream | None = None) -> GuardedApp:
+def create_app(
+    config: Config | None = None, upstream: Upstream | None = None, backend: Backend | None = None
+) -> GuardedApp:
     """Build the app and wire everything.
 
     Args:
         config: What to go by; the environment and ``.env`` by default.
         upstream: The provider; the one that the configuration names by default.
+        backend: Where the buckets live; likewise.
 
     Raises:
         InvalidSetting: The environment cannot be used, or there is no key for the provider.
@@ -54,7 +58,7 @@ def create_app(config: Config | None = None, upstream: Upstream | None = None) -
     if config is None:
         config = read_config(environment())
     upstream = upstream or provider(config)
-    backend = MemoryBackend(BucketTable(config.buckets))
+    backend = backend or buckets(config)
     plans = Plans(backend, config.defaults)
     terms = Terms(credentials(config), Estimator(), config.ask_for_usage)
     budgets = Budgets(backend, plans)
@@ -86,6 +90,11 @@ class Lifespan:
     async def process_shutdown(self, scope: Mapping[str, Any], event: Mapping[str, Any]) -> None:
         """Close them."""
         await self._upstream.close()
+
+
+def buckets(config: Config) -> MemoryBackend:
+    """Return the backend that the configuration names."""
+    return MemoryBackend(BucketTable(config.buckets))
 
 
 def provider(config: Config) -> HttpxUpstream:

@@ -12,7 +12,7 @@ import click
 import uvicorn
 
 from tokenguard import __version__
-from tokenguard.asgi import create_app, environment, provider
+from tokenguard.asgi import buckets, create_app, environment, provider
 from tokenguard.config import Config, read_config
 from tokenguard.demo import DemoUpstream
 from tokenguard.errors import TokenGuardError
@@ -83,7 +83,8 @@ def _run(config: Config, upstream: Upstream, host: str, port: int) -> None:
     # The app cuts a connection by not completing the answer, and says why itself.
     logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in record.msg)
     listening = _listen(host, port)
-    app = create_app(config, upstream)
+    backend = buckets(config)
+    app = create_app(config, upstream, backend)
     settings = uvicorn.Config(
         app,
         loop="uvloop",
@@ -98,7 +99,8 @@ def _run(config: Config, upstream: Upstream, host: str, port: int) -> None:
         timeout_keep_alive=KEEPALIVE_S,
         timeout_graceful_shutdown=config.shutdown_timeout_s,
     )
-    Server(settings, _limits(config), upstream.describe(), config.shutdown_timeout_s).run([listening])
+    guards = " | ".join((backend.describe(), f"upstream {upstream.describe()}", *_limits(config)))
+    Server(settings, guards, config.shutdown_timeout_s).run([listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -114,11 +116,10 @@ def _listen(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn, which says in one line where it listens and what it guards."""
 
-    def __init__(self, config: uvicorn.Config, limits: str, upstream: str, patience_s: int) -> None:
+    def __init__(self, config: uvicorn.Config, guards: str, patience_s: int) -> None:
         super().__init__(config)
+        self._guards = guards
         self._patience_s = patience_s
-        self._limits = limits
-        self._upstream = upstream
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -133,10 +134,7 @@ class Server(uvicorn.Server):
         if self.started:
             listening = self.servers[0].sockets[0].getsockname()
             host = f"[{listening[0]}]" if ":" in listening[0] else listening[0]
-            click.echo(
-                f"tokenguard {__version__} on http://{host}:{listening[1]} | memory | upstream {self._upstream} | "
-                f"{self._limits}"
-            )
+            click.echo(f"tokenguard {__version__} on http://{host}:{listening[1]} | {self._guards}")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running calls end, and say that this is what the wait is for."""
@@ -145,7 +143,5 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _limits(config: Config) -> str:
-    return " | ".join(
-        f"{kind} {scale.capacity} tokens, {float(scale.rate):g}/s" for kind, scale in config.defaults.items()
-    )
+def _limits(config: Config) -> list[str]:
+    return [f"{kind} {scale.capacity} tokens, {float(scale.rate):g}/s" for kind, scale in config.defaults.items()]
