@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ from contextlib import contextmanager
 import click
 import uvicorn
 
-from tokenguard import __version__
-from tokenguard.asgi import buckets, create_app, environment, provider
+from tokenguard import __version__, logs
+from tokenguard.asgi import create_app
 from tokenguard.config import Config, read_config
 from tokenguard.demo import DemoUpstream
 from tokenguard.errors import TokenGuardError
-from tokenguard.upstream import Upstream
+from tokenguard.upstream import HttpxUpstream, Upstream
+from tokenguard.wiring import buckets, environment, provider
 
 _log = logging.getLogger("tokenguard")
 
@@ -61,7 +63,7 @@ def serve(host: str, port: int) -> None:
     docs/settings.md describes them all.
     """
     config = _config()
-    _run(config, provider(config), host, port)
+    _run(config, HttpxUpstream(provider(config)), host, port)
 
 
 @main.command()
@@ -77,12 +79,12 @@ def _config() -> Config:
 
 
 def _run(config: Config, upstream: Upstream, host: str, port: int) -> None:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    logging.basicConfig(handlers=[logs.handler(as_json=config.log_json)], level=logging.INFO)
     for noisy in ("httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)  # they log URLs and headers
     # The app cuts a connection by not completing the answer, and says why itself.
     logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in record.msg)
-    listening = _listen(host, port)
+    listening = _listen(host, port, config.caller_timeout_s)
     backend = buckets(config)
     app = create_app(config, upstream, backend)
     settings = uvicorn.Config(
@@ -103,14 +105,18 @@ def _run(config: Config, upstream: Upstream, host: str, port: int) -> None:
     Server(settings, guards, config.shutdown_timeout_s).run([listening])
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, caller_timeout_s: float) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         # create_server adds the address to its message, which we name already; a failed look-up has no errno
         said = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         raise click.ClickException(f"cannot listen on {host} port {port}: {said}") from error
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Who takes nothing is given up, but what was written keeps its connection open until this is over.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(caller_timeout_s * 1000))
+    return listening
 
 
 class Server(uvicorn.Server):

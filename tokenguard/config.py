@@ -39,8 +39,12 @@ class Config:
         connect_timeout_s: For a connection to the provider.
         read_timeout_s: For the provider to begin its answer, and between two pieces of it.
         max_connections: To the provider, at most.
+        queue_timeout_s: How long a call may wait for one of them to become free.
+        caller_timeout_s: For a caller to send the next piece of a body, or to take the next piece of an answer.
         shutdown_timeout_s: How long running calls may take to end when the server is told to stop.
         ask_for_usage: Whether to ask for a stream's usage where the caller did not.
+        log_calls: Whether to log one line for each call.
+        log_json: Whether log lines are JSON objects rather than text.
     """
 
     openai_base_url: str
@@ -51,8 +55,12 @@ class Config:
     connect_timeout_s: float
     read_timeout_s: float
     max_connections: int
+    queue_timeout_s: float
+    caller_timeout_s: float
     shutdown_timeout_s: int
     ask_for_usage: bool
+    log_calls: bool
+    log_json: bool
     openai_api_key: str | None = field(default=None, repr=False)
     openai_organization: str | None = None
     openai_project: str | None = None
@@ -107,6 +115,12 @@ def _switch(value: str) -> bool:
     if value not in ("on", "off"):
         raise ValueError("on or off")
     return value == "on"
+
+
+def _log_format(value: str) -> str:
+    if value not in ("text", "json"):
+        raise ValueError("text or json")
+    return value
 
 
 def _networks(value: str) -> tuple[Network, ...]:
@@ -172,8 +186,12 @@ SETTINGS: dict[str, Setting] = {
     "TOKENGUARD_CONNECT_TIMEOUT_S": Setting(_seconds, "5"),
     "TOKENGUARD_READ_TIMEOUT_S": Setting(_seconds, "600"),
     "TOKENGUARD_MAX_CONNECTIONS": Setting(_whole(1, 65_535), "256"),
+    "TOKENGUARD_QUEUE_TIMEOUT_S": Setting(_seconds, "5"),
+    "TOKENGUARD_CALLER_TIMEOUT_S": Setting(_seconds, "60"),
     "TOKENGUARD_SHUTDOWN_TIMEOUT_S": Setting(_whole(0, 86_400), "30"),
     "TOKENGUARD_ASK_FOR_USAGE": Setting(_switch, "on"),
+    "TOKENGUARD_LOG_CALLS": Setting(_switch, "off"),
+    "TOKENGUARD_LOG_FORMAT": Setting(_log_format, "text"),
 }
 """Every setting. An empty value is as good as none."""
 
@@ -205,8 +223,12 @@ def read_config(environ: Mapping[str, str]) -> Config:
         connect_timeout_s=values["TOKENGUARD_CONNECT_TIMEOUT_S"],
         read_timeout_s=values["TOKENGUARD_READ_TIMEOUT_S"],
         max_connections=values["TOKENGUARD_MAX_CONNECTIONS"],
+        queue_timeout_s=values["TOKENGUARD_QUEUE_TIMEOUT_S"],
+        caller_timeout_s=values["TOKENGUARD_CALLER_TIMEOUT_S"],
         shutdown_timeout_s=values["TOKENGUARD_SHUTDOWN_TIMEOUT_S"],
         ask_for_usage=values["TOKENGUARD_ASK_FOR_USAGE"],
+        log_calls=values["TOKENGUARD_LOG_CALLS"],
+        log_json=values["TOKENGUARD_LOG_FORMAT"] == "json",
     )
 
 

@@ -32,6 +32,10 @@ class BodyTooLarge(InvalidRequest):
     """A request's body is larger than the configured limit."""
 
 
+class BodyTimeout(InvalidRequest):
+    """A caller took longer than the configured limit to send the next piece of a body."""
+
+
 class BudgetNotFound(TokenGuardError, LookupError):
     """There is no explicit budget under the given name."""
 
@@ -62,6 +66,10 @@ class UpstreamError(TokenGuardError):
     def __init__(self, message: str, *, sent: bool) -> None:
         super().__init__(message)
         self.sent = sent
+
+
+class UpstreamBusy(UpstreamError):
+    """All connections to the provider are in use, and none became free in time; nothing was sent."""
 
 
 class UpstreamTimeout(UpstreamError):

@@ -22,6 +22,7 @@ from functools import partial
 from typing import NamedTuple
 
 from tokenguard import refusal
+from tokenguard.account import Account, Outcome
 from tokenguard.errors import InvalidRequest, InvalidValue, TokenGuardError, UpstreamError
 from tokenguard.estimate import Estimate, Estimator
 from tokenguard.limiter import Limiter, Reservation
@@ -34,6 +35,9 @@ IDENTITY_HEADERS = {
     b"x-role": "role",
     b"x-llm-rolegroup": "rolegroup",
 }
+
+REQUEST_ID = b"x-request-id"
+"""The header field that one call is known by, from the caller to the provider and back."""
 
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
@@ -50,6 +54,7 @@ _NOT_TO_UPSTREAM = _HOP_BY_HOP | frozenset(
         *(b"x-http-method-override", b"x-http-method", b"x-method-override"),
         # who calls, and from where: nobody else's business
         *IDENTITY_HEADERS,
+        REQUEST_ID,
         *(b"forwarded", b"via", b"x-real-ip"),
     )
 )
@@ -74,22 +79,37 @@ class Settlement:
 
     Attributes:
         reservation: The reservation.
+        account: The call's.
         tokens: What the call took; 0 gives everything back but the request; None leaves all of it spent.
         learn: Takes in what the estimate should have been.
     """
 
     reservation: Reservation
+    account: Account
     tokens: int | None
     learn: Callable[[], None] | None = None
 
     def apply(self, limiter: Limiter) -> None:
-        """Carry it out."""
+        """Carry it out, and enter it into the account.
+
+        Raises:
+            TableBusy: The buckets were not to be had; nothing was changed, and it can be tried again.
+        """
         if self.tokens is None:
-            self.reservation.close()
-        else:
-            limiter.settle(self.reservation, self.tokens)
+            return self.keep()
+        self.account.forgiven = limiter.settle(self.reservation, self.tokens)
+        self.account.charged = self.tokens
+        self.account.outcome = Outcome.SETTLED if self.tokens else Outcome.REFUNDED
         if self.learn is not None:
+            self.account.usage_told = True
             self.learn()
+        return None
+
+    def keep(self) -> None:
+        """Leave all of it spent, whatever else was meant to become of it."""
+        self.reservation.close()
+        self.account.charged = self.account.estimate
+        self.account.outcome = Outcome.KEPT
 
 
 class End(NamedTuple):
@@ -128,9 +148,14 @@ class Exchange:
 
     Args:
         terms: What is the same for all calls.
+        request_id: What the call is known by.
+
+    Attributes:
+        account: What became of the call so far.
     """
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: Terms, request_id: str) -> None:
+        self.account = Account(request_id)
         self._terms = terms
         self._body: bytes
         self._request: ChatRequest
@@ -150,7 +175,7 @@ class Exchange:
     def begin(self, headers: Headers, body: bytes) -> Ask | Answer:
         """Read a request; return what to reserve for it, or the answer if it cannot be one."""
         try:
-            self._identity = read_identity(headers)
+            self._identity = self.account.identity = read_identity(headers)
             if any(name == b"content-encoding" for name, _ in headers):
                 return refusal.problem(
                     415, "a body with a content-encoding is not read; send it plain", "invalid_request_error",
@@ -160,7 +185,7 @@ class Exchange:
         except InvalidValue as error:
             return refusal.error_answer(error)
         self._body = body
-        self._forwarded = forwarded_headers(headers, self._terms.credentials)
+        self._forwarded = forwarded_headers(headers, self._terms.credentials, self.account.request_id)
         self._estimate = self._terms.estimator.estimate(
             request.model,
             self._identity.user,
@@ -169,13 +194,17 @@ class Exchange:
             choices=request.choices,
             output_cap=request.output_cap,
         )
+        self.account.model, self.account.stream = request.model, request.stream
+        self.account.estimate = self._estimate.total
         return Ask(self._identity, request.model, *self._estimate)
 
     def reserved(self, reserved: Reservation | Decision) -> UpstreamRequest | Answer:
         """Take in what came of reserving; return the request to forward, or the refusal."""
         if isinstance(reserved, Decision):
+            self.account.refused_by = reserved.binding and reserved.binding.name
             return refusal.refuse(reserved, self._terms.jitter())
         self._reservation = reserved
+        self.account.admitted = True
         body = self._request.body_with_usage() if self._adds_usage else self._body
         headers = [*self._forwarded, (b"content-type", b"application/json")]
         return UpstreamRequest("POST", CHAT_PATH, headers, body, stream=self._request.stream)
@@ -186,6 +215,7 @@ class Exchange:
 
     def answered(self, status: int, headers: Headers) -> Head:
         """Take in the head of the provider's answer; return the head to pass on."""
+        self.account.upstream_status = status
         fields = dict(headers)
         encoding = fields.get(b"content-encoding", b"identity").strip().lower()
         self._refused = status >= 300  # a redirect has run no model either
@@ -230,6 +260,8 @@ class Exchange:
         """
         never_sent = isinstance(error, UpstreamError) and not error.sent
         settlement = self._settlement(refund=never_sent)
+        if settlement is not None and self.account.failure is None:
+            self.account.failure = "the caller went away" if error is None else str(error)
         if error is None or self._reader is not None:
             return End(settlement)
         return End(settlement, answer=refusal.error_answer(error))
@@ -239,15 +271,15 @@ class Exchange:
         if reservation is None:
             return None
         if refund or self._refused:
-            return Settlement(reservation, 0)
+            return Settlement(reservation, self.account, 0)
         if self._reader is None:
-            return Settlement(reservation, None)
+            return Settlement(reservation, self.account, None)
         if usage := self._reader.final_usage(ended=ended):
-            return Settlement(reservation, usage.total, partial(self._learn, usage))
+            return Settlement(reservation, self.account, usage.total, partial(self._learn, usage))
         if streamed := self._reader.streamed_tokens:
             told = self._reader.usage or Usage(self._estimate.prompt, 0, 0)
-            return Settlement(reservation, max(told.total, told.prompt + streamed))
-        return Settlement(reservation, None)
+            return Settlement(reservation, self.account, max(told.total, told.prompt + streamed))
+        return Settlement(reservation, self.account, None)
 
     def _learn(self, usage: Usage) -> None:
         request = self._request
@@ -283,7 +315,7 @@ def read_identity(headers: Headers) -> Identity:
     return Identity(**found)
 
 
-def forwarded_headers(headers: Headers, credentials: Headers) -> Headers:
+def forwarded_headers(headers: Headers, credentials: Headers, request_id: str) -> Headers:
     """Return what travels to the provider: the caller's fields but those between us two, and our credentials."""
     dropped = _NOT_TO_UPSTREAM | _listed_in_connection(headers)
     kept = [
@@ -291,18 +323,18 @@ def forwarded_headers(headers: Headers, credentials: Headers) -> Headers:
         for name, value in headers
         if name not in dropped and not name.startswith((b"x-forwarded-", b"x-tokenguard-"))
     ]
-    return [*kept, (b"accept-encoding", b"identity"), *credentials]
+    return [*kept, (REQUEST_ID, request_id.encode()), (b"accept-encoding", b"identity"), *credentials]
 
 
 def returned_headers(headers: Headers, *, drop_length: bool, drop_encoding: bool) -> Headers:
-    """Return what travels back to the caller; the provider's own limits under a name of their own."""
+    """Return what travels back to the caller; the provider's own limits and id under names of their own."""
     dropped = _NOT_TO_CALLER | _listed_in_connection(headers)
     if drop_length:
         dropped |= {b"content-length"}
     if drop_encoding:
         dropped |= {b"content-encoding"}
     return [
-        (b"x-upstream" + name[1:] if name.startswith(b"x-ratelimit-") else name, value)
+        (b"x-upstream" + name[1:] if name == REQUEST_ID or name.startswith(b"x-ratelimit-") else name, value)
         for name, value in headers
         if name not in dropped
     ]
@@ -313,6 +345,8 @@ def _listed_in_connection(headers: Headers) -> frozenset[bytes]:
     return frozenset(name.strip() for names in listed for name in names)
 
 
+MAX_PIECE_BYTES = 2**24
+"""The most that one piece of a compressed answer may come to; no text shrinks its 64 kB from more."""
 _GZIP = b"\x1f"
 """How a member of a gzip stream begins."""
 
@@ -348,9 +382,11 @@ class Decoder:
         plain = []
         while chunk:
             try:
-                plain.append(self._zlib.decompress(chunk))
+                plain.append(self._zlib.decompress(chunk, MAX_PIECE_BYTES))
             except zlib.error as error:
                 raise UpstreamError(f"the provider's compressed answer is damaged: {error}", sent=True) from None
+            if self._zlib.unconsumed_tail:
+                raise UpstreamError("the provider's compressed answer blows up to too much", sent=True)
             chunk = self._zlib.unused_data
             if not chunk.startswith(_GZIP):
                 break  # nothing, or padding behind the end

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 
 from tokenguard.errors import (
+    BodyTimeout,
     BodyTooLarge,
     BudgetNotFound,
     InvalidValue,
@@ -16,6 +17,7 @@ from tokenguard.errors import (
     TableBusy,
     TableFull,
     TokenGuardError,
+    UpstreamBusy,
     UpstreamError,
     UpstreamTimeout,
 )
@@ -77,10 +79,16 @@ def error_answer(error: TokenGuardError) -> Answer:
     match error:
         case BodyTooLarge():
             return problem(413, str(error), "invalid_request_error", "body_too_large")
+        case BodyTimeout():
+            answer = problem(408, str(error), "invalid_request_error", "request_timeout")
+            answer.headers.append((b"connection", b"close"))  # what may still come is no next request
+            return answer
         case InvalidValue():
             return problem(400, str(error), "invalid_request_error", "invalid_value", error.field)
         case BudgetNotFound():
             return problem(404, str(error), "invalid_request_error", "budget_not_found")
+        case UpstreamBusy():
+            return problem(503, str(error), "service_unavailable_error", "overloaded", retry_after_s=1)
         case UpstreamTimeout():
             return problem(504, str(error), "upstream_error", "upstream_timeout")
         case UpstreamError():

@@ -6,7 +6,7 @@ import pytest
 from falcon import asgi, testing
 
 from tokenguard.api.admin import AdminResource, AdminRule
-from tokenguard.api.wire import on_unexpected_error
+from tokenguard.api.wire import Resource, add_error_handlers, over_asgi
 from tokenguard.asgi import create_app
 from tokenguard.config import read_config
 
@@ -16,10 +16,10 @@ FAR = "203.0.113.7"
 BUDGET = "/config/budget"
 
 
-class Open:
+class Open(Resource):
     """A resource for everybody."""
 
-    async def on_get(self, req, resp, **_):
+    def on_get(self, req, resp, **_):
         resp.media = {"path": req.path}
 
     on_post = on_delete = on_get
@@ -32,11 +32,11 @@ class Guarded(Open, AdminResource):
 def app_of(token=None, allow=LOOPBACK):
     """Return an app with a guarded and an open resource."""
     app = asgi.App(middleware=[AdminRule(token, allow)])
-    app.add_error_handler(Exception, on_unexpected_error)
-    app.add_route(BUDGET, Guarded())
-    app.add_route(BUDGET + "/{scope}/{scope_id:path}", Guarded())
-    app.add_route("/", Open())
-    app.add_route("/v1/models/{model:path}", Open())
+    add_error_handlers(app)
+    app.add_route(BUDGET, over_asgi(Guarded()))
+    app.add_route(BUDGET + "/{scope}/{scope_id:path}", over_asgi(Guarded()))
+    app.add_route("/", over_asgi(Open()))
+    app.add_route("/v1/models/{model:path}", over_asgi(Open()))
     return app
 
 

@@ -43,8 +43,12 @@ def test_empty_environment_gives_the_defaults():
         connect_timeout_s=5.0,
         read_timeout_s=600.0,
         max_connections=256,
+        queue_timeout_s=5.0,
+        caller_timeout_s=60.0,
         shutdown_timeout_s=30,
         ask_for_usage=True,
+        log_calls=False,
+        log_json=False,
         openai_api_key=None,
         openai_organization=None,
         openai_project=None,
@@ -77,8 +81,12 @@ def test_every_setting_is_read():
             "TOKENGUARD_CONNECT_TIMEOUT_S": "0.5",
             "TOKENGUARD_READ_TIMEOUT_S": "86400",
             "TOKENGUARD_MAX_CONNECTIONS": "65535",
+            "TOKENGUARD_QUEUE_TIMEOUT_S": "0.25",
+            "TOKENGUARD_CALLER_TIMEOUT_S": "7",
             "TOKENGUARD_SHUTDOWN_TIMEOUT_S": "0",
             "TOKENGUARD_ASK_FOR_USAGE": "off",
+            "TOKENGUARD_LOG_CALLS": "on",
+            "TOKENGUARD_LOG_FORMAT": "json",
         }
     )
 
@@ -101,8 +109,12 @@ def test_every_setting_is_read():
         connect_timeout_s=0.5,
         read_timeout_s=86_400.0,
         max_connections=65_535,
+        queue_timeout_s=0.25,
+        caller_timeout_s=7.0,
         shutdown_timeout_s=0,
         ask_for_usage=False,
+        log_calls=True,
+        log_json=True,
     )
 
 

@@ -55,7 +55,7 @@ class Call:
         self.house = house or House({"user": grant(FULL)})
         self.house.set("user:alice", grant(10), Meter.REQUESTS)
         self.estimator = Estimator()
-        self.exchange = Exchange(Terms(CREDENTIALS, self.estimator, jitter=lambda: 0.0))
+        self.exchange = Exchange(Terms(CREDENTIALS, self.estimator, jitter=lambda: 0.0), "req-1")
         self.body = json.dumps({**PROMPT, **members}).encode()
 
     def begin(self, headers=(), body=None):
@@ -138,13 +138,13 @@ def test_request_is_forwarded_as_it_came():
     call = Call()
     call.body = b' {"model" : "gpt-4o","messages":[], "seed": 1.0, "x": "\\u00e9" } '
 
-    request = call.forwarded([(b"x-request-id", b"r1")])
+    request = call.forwarded([(b"x-request-id", b"theirs")])
 
     assert isinstance(request, UpstreamRequest)
     assert (request.method, request.path, request.stream) == ("POST", "/chat/completions", False)
     assert request.body == call.body
     assert request.headers == [
-        (b"x-request-id", b"r1"),
+        (b"x-request-id", b"req-1"),
         (b"accept-encoding", b"identity"),
         (b"authorization", b"Bearer sk-ours"),
         (b"content-type", b"application/json"),
@@ -179,7 +179,7 @@ def test_body_that_needs_no_change_is_not_changed(members):
 def test_asking_for_usage_can_be_switched_off():
     """Switched off, streams travel as they came and every event passes."""
     call = Call(stream=True)
-    call.exchange = Exchange(Terms(CREDENTIALS, Estimator(), ask_for_usage=False))
+    call.exchange = Exchange(Terms(CREDENTIALS, Estimator(), ask_for_usage=False), "req-1")
 
     assert call.forwarded().body == call.body
     call.exchange.answered(200, EVENTS)
@@ -246,7 +246,7 @@ def test_refused_call_is_answered_and_takes_nothing():
 def test_jitter_of_a_refusal_is_what_the_terms_say():
     """The number that prolongs a wait comes from outside."""
     call = Call(house=House({"user": grant(20, rate=1)}))
-    call.exchange = Exchange(Terms([], Estimator(), jitter=lambda: 1.0))
+    call.exchange = Exchange(Terms([], Estimator(), jitter=lambda: 1.0), "req-1")
     call.house.limiter.settle(call.house.taken(1, who=Identity("alice")), 20)
 
     waits = [int(value) for name, value in call.forwarded().headers if name == b"retry-after-ms"]
@@ -675,7 +675,7 @@ class Forgetful(Estimator):
 def test_failure_to_learn_does_not_lose_the_reservation():
     """Estimates are a convenience: a call is settled to its usage whatever becomes of them."""
     call = Call()
-    call.exchange = Exchange(Terms(CREDENTIALS, Forgetful()))
+    call.exchange = Exchange(Terms(CREDENTIALS, Forgetful()), "req-1")
     call.answered()
     call.fed(COMPLETION)
 
@@ -838,7 +838,6 @@ TRAVELLING = [
     (b"user-agent", b"OpenAI/Python 2.52"),
     (b"x-stainless-retry-count", b"0"),
     (b"openai-beta", b"assistants=v2"),
-    (b"x-request-id", b"r1"),
     (b"x-twice", b"1"),
     (b"x-twice", b"2"),
     (b"idempotency-key", b"k"),
@@ -850,16 +849,19 @@ TRAVELLING = [
 )
 def test_field_that_is_between_caller_and_us_does_not_travel(field):
     """Hop-by-hop fields, the caller's credentials and identity, and what our hop sets itself stay here."""
-    sent = forwarded_headers([*HOP_BY_HOP, *TRAVELLING, field], CREDENTIALS)
+    sent = forwarded_headers([*HOP_BY_HOP, *TRAVELLING, field], CREDENTIALS, "req-1")
 
     assert field not in sent
 
 
 def test_other_fields_travel_in_order():
     """Everything else goes to the provider as it came, then the plain encoding and our credentials."""
-    sent = forwarded_headers([*SECRETS, *TRAVELLING, *HOP_BY_HOP, *WHO_AND_WHERE, *OF_THE_HOP], CREDENTIALS)
+    sent = forwarded_headers(
+        [*SECRETS, *TRAVELLING, *HOP_BY_HOP, *WHO_AND_WHERE, *OF_THE_HOP], CREDENTIALS, "req-1"
+    )
 
-    assert sent == [*TRAVELLING, (b"accept-encoding", b"identity"), *CREDENTIALS]
+    ours = [(b"x-request-id", b"req-1"), (b"accept-encoding", b"identity")]
+    assert sent == [*TRAVELLING, *ours, *CREDENTIALS]
 
 
 def test_several_connection_fields_are_all_heeded():
@@ -872,15 +874,19 @@ def test_several_connection_fields_are_all_heeded():
         (b"x-c", b"3"),
     ]
 
-    assert forwarded_headers(listed, []) == [(b"accept-encoding", b"identity")]
+    assert forwarded_headers(listed, [], "req-1") == [
+        (b"x-request-id", b"req-1"),
+        (b"accept-encoding", b"identity"),
+    ]
     assert returned_headers(listed, drop_length=False, drop_encoding=False) == []
 
 
 def test_connection_field_cannot_remove_our_own_fields():
     """A caller who lists our fields in connection takes nothing from what we send."""
-    sent = forwarded_headers([(b"connection", b"authorization, accept-encoding")], CREDENTIALS)
+    sent = forwarded_headers([(b"connection", b"authorization, accept-encoding")], CREDENTIALS, "req-1")
 
-    assert sent == [(b"accept-encoding", b"identity"), *CREDENTIALS]
+    ours = [(b"x-request-id", b"req-1"), (b"accept-encoding", b"identity")]
+    assert sent == [*ours, *CREDENTIALS]
 
 
 @pytest.mark.parametrize(
@@ -901,7 +907,7 @@ def test_field_that_is_between_the_provider_and_us_does_not_travel(field):
 
 
 def test_limits_of_the_provider_go_by_another_name():
-    """The provider's own limits cannot be taken for ours; everything else passes in order."""
+    """The provider's own limits and id cannot be taken for ours; everything else passes in order."""
     headers = [
         (b"openai-processing-ms", b"12"),
         (b"x-ratelimit-limit-tokens", b"150000"),
@@ -916,7 +922,8 @@ def test_limits_of_the_provider_go_by_another_name():
         (b"openai-processing-ms", b"12"),
         (b"x-upstream-ratelimit-limit-tokens", b"150000"),
         (b"x-upstream-ratelimit-reset-project-tokens", b"3s"),
-        *headers[3:],
+        (b"x-upstream-request-id", b"req_1"),
+        *headers[4:],
     ]
 
 
@@ -959,7 +966,7 @@ def test_identity_is_taken_as_it_is(value):
 )
 def test_malformed_user_is_a_400_that_names_the_field(headers):
     """A user who is missing, given twice, empty, too long or no clean UTF-8 is refused, whatever the body."""
-    answer = Exchange(Terms(CREDENTIALS, Estimator())).begin(headers, b"not even JSON")
+    answer = Exchange(Terms(CREDENTIALS, Estimator()), "req-1").begin(headers, b"not even JSON")
 
     assert isinstance(answer, Answer)
     assert answer.status == 400
@@ -974,7 +981,7 @@ def test_malformed_scope_is_a_400_that_names_the_field(name, values):
     """Every part of the identity keeps to the rules of the user's."""
     headers = [(b"x-user-id", b"alice"), *[(name, value) for value in values]]
 
-    answer = Exchange(Terms(CREDENTIALS, Estimator())).begin(headers, b"{}")
+    answer = Exchange(Terms(CREDENTIALS, Estimator()), "req-1").begin(headers, b"{}")
 
     assert isinstance(answer, Answer)
     assert answer.status == 400

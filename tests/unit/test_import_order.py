@@ -9,27 +9,28 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "tokenguard"
 
 FLOORS = [
-    {"cli", "asgi", "wsgi", "library", "__main__"},
+    {"cli", "asgi", "wsgi", "wiring", "library", "__main__"},
     {"api", "lane", "middleware"},
     {"exchange", "provider_limits", "upstream", "config", "demo"},
-    {"limiter", "budgets", "estimate", "providers", "refusal"},
+    {"limiter", "budgets", "estimate", "providers", "refusal", "metrics", "logs"},
     {"plan", "backends"},
     {"_bucket", "arithmetic"},
-    {"model", "errors", "jsontext", "_version", ""},
+    {"model", "errors", "jsontext", "account", "_version", ""},
 ]
 """The rooms of DESIGN section 3, from the roof down; "" is the package itself: its version, and public names."""
 
 APART = {"exchange", "upstream", "provider_limits", "config", "demo"}
 """Rooms of one floor that do not know each other: the floors above bring them together."""
 
-ROOTS = {"cli", "asgi", "wsgi", "library"}
+ROOTS = {"cli", "asgi", "wsgi", "wiring", "library"}
 HOMES = {
-    "falcon": {"api", "asgi", "wsgi"},
+    "falcon": {"api", "asgi", "wsgi", "wiring"},
     "uvicorn": {"cli"},
     "click": {"cli"},
     "httpx": {"upstream", "provider_limits", "library", "cli"},
     "redis": {"backends.redis"},
     "dotenv": ROOTS,
+    "prometheus_client": {"metrics"},
 }
 """Where a library may be imported."""
 

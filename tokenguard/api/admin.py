@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from falcon.asgi import Request, Response
+from falcon import Request, Response
 
-from tokenguard.api.wire import write
+from tokenguard.api.wire import Resource, http_version_of, peer_of, plain, write
 from tokenguard.model import Answer
 from tokenguard.refusal import problem
 
@@ -22,7 +22,7 @@ _FORWARDED = ("forwarded", "via", "x-real-ip")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
-class AdminResource:
+class AdminResource(Resource):
     """A resource that only an admin may use.
 
     NOTE: what is guarded is the resource that answers, and not a path: there are many ways to write a path.
@@ -41,9 +41,13 @@ class AdminRule:
         self._token = token
         self._allow = tuple(allow)
 
-    async def process_resource(self, req: Request, resp: Response, resource: object, params: object) -> None:
+    async def process_resource_async(self, req: Request, resp: Response, resource: object, params: object) -> None:
         """Answer who may not, before the resource sees the request."""
-        if not isinstance(resource, AdminResource):
+        self.process_resource(req, resp, resource, params)
+
+    def process_resource(self, req: Request, resp: Response, resource: object, params: object) -> None:
+        """Answer who may not, before the resource sees the request."""
+        if not isinstance(plain(resource), AdminResource):
             return
         refused = self._check_peer(req) if self._token is None else self._check_token(req, self._token)
         if refused is not None:
@@ -70,9 +74,9 @@ class AdminRule:
         names = [name.lower() for name in req.headers]
         if any(name in _FORWARDED or name.startswith("x-forwarded-") for name in names):
             return "forwarded requests"
-        if req.scope["http_version"] == "1.0":
+        if http_version_of(req) == "1.0":
             return "HTTP/1.0, which is how a proxy that says nothing of itself forwards"
-        if not self._is_near(req.scope.get("client")):
+        if not self._is_near(peer_of(req)):
             return "peers outside TOKENGUARD_ADMIN_ALLOW"
         host = req.get_header("host") or ""
         if not _is_local_name(host):
@@ -84,9 +88,9 @@ class AdminRule:
             return "pages of another site"  # a GET by an image or a link carries no Origin
         return None
 
-    def _is_near(self, client: Iterable[object] | None) -> bool:
+    def _is_near(self, peer: str) -> bool:
         try:
-            address = ipaddress.ip_address(str(next(iter(client or ()), "")))
+            address = ipaddress.ip_address(peer)
         except ValueError:
             return False
         mapped = getattr(address, "ipv4_mapped", None)

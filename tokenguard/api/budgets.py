@@ -6,16 +6,14 @@ import base64
 import binascii
 from typing import Any
 
-from falcon.asgi import Request, Response
+from falcon import Request, Response
 
 from tokenguard.api.admin import AdminResource
-from tokenguard.api.wire import read_body, write_json
+from tokenguard.api.wire import write_json
 from tokenguard.budgets import MAX_PAGE, Budgets, BudgetState, read_budget, read_name
 from tokenguard.errors import InvalidRequest
 from tokenguard.jsontext import read_object
 from tokenguard.model import BucketName
-
-MAX_BUDGET_BYTES = 16_384
 
 
 class BudgetList(AdminResource):
@@ -25,15 +23,17 @@ class BudgetList(AdminResource):
         budgets: The use cases.
     """
 
+    max_body_bytes = 16_384
+
     def __init__(self, budgets: Budgets) -> None:
         self._budgets = budgets
 
-    async def on_post(self, req: Request, resp: Response) -> None:
+    def on_post(self, req: Request, resp: Response) -> None:
         """Set or change a budget."""
-        budget, level = read_budget(read_object(await read_body(req, MAX_BUDGET_BYTES)).members)
+        budget, level = read_budget(read_object(req.context.body).members)
         write_json(resp, 200, shown(self._budgets.put(budget, level)))
 
-    async def on_get(self, req: Request, resp: Response) -> None:
+    def on_get(self, req: Request, resp: Response) -> None:
         """List explicit budgets, page by page."""
         query = _query(req, "limit", "after")
         page, more = self._budgets.page(_after(query.get("after")), _limit(query.get("limit")))
@@ -52,11 +52,11 @@ class OneBudget(AdminResource):
     def __init__(self, budgets: Budgets) -> None:
         self._budgets = budgets
 
-    async def on_get(self, req: Request, resp: Response, scope: str, scope_id: str | None = None) -> None:
+    def on_get(self, req: Request, resp: Response, scope: str, scope_id: str | None = None) -> None:
         """Show the budget that holds for a scope, explicit or default."""
         write_json(resp, 200, shown(self._budgets.get(_name(req, scope, scope_id))))
 
-    async def on_delete(self, req: Request, resp: Response, scope: str, scope_id: str | None = None) -> None:
+    def on_delete(self, req: Request, resp: Response, scope: str, scope_id: str | None = None) -> None:
         """Remove an explicit budget; tell what holds now."""
         default = self._budgets.delete(_name(req, scope, scope_id))
         write_json(resp, 200, {"deleted": True, "default": None if default is None else shown(default)})

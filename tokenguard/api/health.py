@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from falcon.asgi import Request, Response
+from falcon import Request, Response
 
 from tokenguard._version import __version__
-from tokenguard.api.wire import write_json
+from tokenguard.api.wire import Resource, write_json
 from tokenguard.backends import Backend
 
 
-class Health:
+class Health(Resource):
     """``GET /``.
 
     Args:
@@ -21,7 +21,7 @@ class Health:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
-    async def on_get(self, req: Request, resp: Response) -> None:
+    def on_get(self, req: Request, resp: Response) -> None:
         """Tell what is running, and the time."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         state = {

@@ -1,4 +1,4 @@
-"""The guarded proxy over ASGI: moves bytes between caller and provider, and asks the exchange what they mean."""
+"""The guarded proxy over ASGI: moves bytes between caller and provider, and asks the call what they mean."""
 
 from __future__ import annotations
 
@@ -7,41 +7,28 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, TypeVar
-from urllib.parse import quote
 
 from falcon.asgi import Request, Response
 
 from tokenguard import refusal
-from tokenguard.api.wire import headers_of, read_body, set_headers, write
-from tokenguard.errors import InvalidRequest, UpstreamError
-from tokenguard.exchange import End, Exchange, Terms, forwarded_headers, returned_headers
-from tokenguard.limiter import Limiter
-from tokenguard.model import Answer, UpstreamRequest, checked_name
+from tokenguard.api.call import CALL, Call, Guard, path_of
+from tokenguard.api.wire import GONE, CallerGone, headers_of, read_body, request_id_of, set_headers, write
+from tokenguard.errors import BodyTimeout, UpstreamError
+from tokenguard.exchange import REQUEST_ID, Terms, forwarded_headers, returned_headers
+from tokenguard.model import Answer, UpstreamRequest
 from tokenguard.upstream import Upstream, UpstreamResponse
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Asgi = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
 
-CALL = "tokenguard.call"
-"""Where in the ASGI scope a request's ``Call`` is."""
-
 T = TypeVar("T")
 
 _log = logging.getLogger("tokenguard")
 
-_REDIRECTS = "OPENAI_BASE_URL may not be quite the provider's address"
-_CREDENTIALS = "it may not accept our credentials"
-_TELLING = {**dict.fromkeys((301, 302, 303, 307, 308), _REDIRECTS), **dict.fromkeys((401, 403), _CREDENTIALS)}
-"""Answers that speak of our configuration rather than of the call."""
-
 
 class ConnectionCut(Exception):
     """The provider's answer broke off midway: the caller's connection must break off too, not end."""
-
-
-class CallerGone(Exception):
-    """The caller hung up while we were waiting for the provider."""
 
 
 class GuardedRequest(Request):
@@ -56,30 +43,23 @@ class ChatCompletions:
     """``POST /v1/chat/completions``.
 
     Args:
-        limiter: Guards the calls.
+        guard: Guards the calls.
         upstream: The provider.
-        terms: What is the same for all exchanges.
-        max_body_bytes: A longer body is refused with 413.
     """
 
-    def __init__(self, limiter: Limiter, upstream: Upstream, terms: Terms, max_body_bytes: int) -> None:
-        self._limiter = limiter
+    def __init__(self, guard: Guard, upstream: Upstream) -> None:
+        self._guard = guard
         self._upstream = upstream
-        self._terms = terms
-        self._max_body_bytes = max_body_bytes
 
     async def on_post(self, req: GuardedRequest, resp: Response) -> None:
         """Guard and forward one call."""
-        body = await read_body(req, self._max_body_bytes)
-        exchange = Exchange(self._terms)
-        asked = exchange.begin(headers_of(req), body)
-        if isinstance(asked, Answer):
-            return write(resp, asked)
-        call = req.scope[CALL] = Call(exchange, self._limiter, self._upstream)  # from here on it will be closed
-        forward = exchange.reserved(self._limiter.reserve(*asked))
+        call = req.scope[CALL] = AsgiCall(self._guard, self._upstream, req.context.request_id)
+        req.context.account = call.account
+        body = await read_body(req, self._guard.max_body_bytes)
+        forward = call.begin(headers_of(req), body)
         if isinstance(forward, Answer):
             return write(resp, forward)
-        if exchange.stream:
+        if call.exchange.stream:
             call.watch(req.receive)
         if (answer := await call.open(forward)) is not None:
             return write(resp, answer)
@@ -89,8 +69,8 @@ class ChatCompletions:
         return None
 
 
-class Call:
-    """The I/O of one exchange; after ``open`` it is the stream of the response's body.
+class AsgiCall(Call):
+    """A call that, after ``open``, is the stream of its response's body.
 
     A caller who hangs up ends a stream at once, and the provider's with it. A call that is not streamed runs
     on to its end, within the provider's time limits, to learn what it took; nobody but the provider is waiting.
@@ -99,15 +79,17 @@ class Call:
     ``GuardedApp`` awaits ``close`` however the request ends.
     """
 
-    def __init__(self, exchange: Exchange, limiter: Limiter, upstream: Upstream) -> None:
-        self._exchange = exchange
-        self._limiter = limiter
+    def __init__(self, guard: Guard, upstream: Upstream, request_id: str) -> None:
+        super().__init__(guard, request_id)
         self._upstream = upstream
         self._response: UpstreamResponse | None = None
+        self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
-        self._waiting: asyncio.Task[Any] | None = None
+        self._waiting = False
         self._caller_gone = False
-        self._ended = False
+        self._patience: asyncio.TimerHandle | None = None
+        self._done = False
+        self.stalled = False
 
     def watch(self, receive: Receive) -> None:
         """Stop waiting for the provider as soon as the caller goes away."""
@@ -116,8 +98,8 @@ class Call:
             while (await receive())["type"] != "http.disconnect":
                 pass
             self._caller_gone = True
-            if self._waiting is not None:
-                self._waiting.cancel()
+            if self._waiting and self._task is not None:
+                self._task.cancel()
 
         self._watcher = asyncio.create_task(wait())
 
@@ -126,72 +108,76 @@ class Call:
         try:
             response = self._response = await self._while_caller_waits(self._upstream.open(request))
         except UpstreamError as error:
-            _log.warning("%s", error)
-            return await self._break_off(error)
+            return self.failed(error)
         except CallerGone:
-            await self._break_off(None)
-            return Answer(499, [], b"")
-        if response.status in _TELLING:
-            _log.warning("the provider answered %d: %s", response.status, _TELLING[response.status])
-        self.head = self._exchange.answered(response.status, response.headers)
+            self.leave()
+            return GONE
+        self.head = self.answered(response.status, response.headers)
         self._chunks = response.chunks().__aiter__()
         return None
 
-    def __aiter__(self) -> Call:
+    def __aiter__(self) -> AsgiCall:
         return self
 
     async def __anext__(self) -> bytes:
+        if self._patience is not None:
+            self._patience.cancel()
         try:
-            while not self._ended:
+            while not self._done:
                 try:
                     chunk = await self._while_caller_waits(self._chunks.__anext__())
-                    passed = self._exchange.feed(chunk)
+                    passed = self.exchange.feed(chunk)
                 except StopAsyncIteration:
-                    passed = self._end(self._exchange.finish())
+                    self._done = True
+                    passed = self.finish()
                 if passed:
+                    self._await_caller()
                     return passed
         except UpstreamError as error:
-            await self._break_off(error)
-            raise ConnectionCut(str(error)) from error
+            self.failed(error)
+            raise ConnectionCut from error
         except CallerGone:
-            await self._break_off(None)
+            self.leave()
+        self._done = True
         raise StopAsyncIteration
 
     async def close(self) -> None:
-        """Settle, whatever happened, and give the connection back."""
-        await self._break_off(None)
+        """Settle what is not settled, first; then give the connection back, which may wait or fail."""
+        for waiting in (self._watcher, self._patience):
+            if waiting is not None:
+                waiting.cancel()
+        self._done = True
+        self.over()
+        response, self._response = self._response, None
+        if response is not None:
+            await response.close()
+
+    def _await_caller(self) -> None:
+        """Give up a caller who does not take what was passed on: it holds a connection to the provider."""
+        timeout_s = self._guard.caller_timeout_s
+
+        def give_up() -> None:
+            self.stalled = True
+            self.account.failure = f"the caller took nothing for {timeout_s:g} s"
+            if self._task is not None:
+                self._task.cancel()
+
+        self._patience = asyncio.get_running_loop().call_later(timeout_s, give_up)
 
     async def _while_caller_waits(self, answer: Awaitable[T]) -> T:
         """Wait for the provider; ``watch`` cancels the wait, and nothing but the wait, when the caller leaves."""
-        task = self._waiting = asyncio.current_task()
+        self._waiting = True
         try:
             if self._caller_gone:
                 answer.close()  # type: ignore[attr-defined]  # a coroutine that is not to run
                 raise CallerGone
             return await answer
         except asyncio.CancelledError:
-            if self._caller_gone and task is not None and task.uncancel() == 0:
+            if self._caller_gone and self._task is not None and self._task.uncancel() == 0:
                 raise CallerGone from None
             raise
         finally:
-            self._waiting = None
-
-    async def _break_off(self, error: UpstreamError | None) -> Answer | None:
-        """Settle what is not settled, first; then close, which may wait or fail."""
-        end = self._exchange.abort(error)
-        self._end(end)
-        response, self._response = self._response, None
-        if response is not None:
-            await response.close()
-        return end.answer
-
-    def _end(self, end: End) -> bytes:
-        self._ended = True
-        if self._watcher is not None:
-            self._watcher.cancel()
-        if end.settlement is not None:
-            end.settlement.apply(self._limiter)
-        return end.rest
+            self._waiting = False
 
 
 class Models:
@@ -208,9 +194,8 @@ class Models:
 
     async def on_get(self, req: Request, resp: Response, model: str | None = None) -> None:
         """Pass one request through."""
-        path = "/models" if model is None else f"/models/{_path_of(model)}"
-        headers = forwarded_headers(headers_of(req), self._terms.credentials)
-        response = await self._upstream.open(UpstreamRequest("GET", path, headers, b""))
+        headers = forwarded_headers(headers_of(req), self._terms.credentials, req.context.request_id)
+        response = await self._upstream.open(UpstreamRequest("GET", path_of(model), headers, b""))
         try:
             body = b"".join([chunk async for chunk in response.chunks()])
         finally:
@@ -220,17 +205,37 @@ class Models:
         resp.data = body
 
 
-def _path_of(model: str) -> str:
-    """Return a model's id as a path that stays where it is put: our key must not open other doors."""
-    if not {"", ".", ".."}.isdisjoint(model.split("/")):
-        raise InvalidRequest("model", f"model must be the id of a model, got {model!r}")
-    return quote(checked_name("model", model), safe="/:")
+class Incoming:
+    """What the caller sends: each piece of a body within a time limit, and nothing that is cut taken for whole.
 
+    Args:
+        receive: The server's.
+        timeout_s: The limit.
+    """
 
-async def _send(send: Send, answer: Answer) -> None:
-    length = (b"content-length", b"%d" % len(answer.body))
-    await send({"type": "http.response.start", "status": answer.status, "headers": [*answer.headers, length]})
-    await send({"type": "http.response.body", "body": answer.body})
+    def __init__(self, receive: Receive, timeout_s: float) -> None:
+        self._receive = receive
+        self._timeout_s = timeout_s
+        self._complete = False
+
+    async def __call__(self) -> dict[str, Any]:
+        """Return the next event.
+
+        Raises:
+            BodyTimeout: The caller sent nothing for too long.
+            CallerGone: The caller hung up before it had sent the whole request.
+        """
+        if self._complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                event = await self._receive()
+        except TimeoutError:
+            raise BodyTimeout("body", f"nothing more of the body came for {self._timeout_s:g} s") from None
+        if event["type"] == "http.disconnect":
+            raise CallerGone
+        self._complete = not event.get("more_body", False)
+        return event
 
 
 class GuardedApp:
@@ -238,21 +243,46 @@ class GuardedApp:
 
     Args:
         app: The app inside.
+        caller_timeout_s: How long a caller may take to send the next piece of a body.
     """
 
-    def __init__(self, app: Asgi) -> None:
+    def __init__(self, app: Asgi, caller_timeout_s: float) -> None:
         self._app = app
+        self._caller_timeout_s = caller_timeout_s
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
         try:
-            await self._app(scope, receive, send)
-        except ConnectionCut as cut:  # the server closes a connection whose answer was not completed
-            _log.warning("%s; the caller's connection was closed", cut)
-        except asyncio.CancelledError:  # the server stops, and has waited long enough
-            if scope["type"] == "http":
-                with suppress(RuntimeError):  # an answer had begun: that one is cut
-                    await _send(send, refusal.stopping())
+            await self._app(scope, Incoming(receive, self._caller_timeout_s), send)
+        except (ConnectionCut, CallerGone):
+            pass  # the server closes a connection whose answer was not completed
+        except BodyTimeout as error:  # nothing at all came of the body, so that no resource was asked
+            await _send(scope, send, refusal.error_answer(error))
+        except asyncio.CancelledError:
+            await self._cancelled(scope, send)
         finally:
             if (call := scope.get(CALL)) is not None:
                 await call.close()
+        return None
+
+    async def _cancelled(self, scope: dict[str, Any], send: Send) -> None:
+        """The caller stalled, or the server stops and has waited long enough."""
+        call: AsgiCall | None = scope.get(CALL)
+        if call is not None and call.stalled:
+            account = call.account
+            _log.warning("%s; its connection was closed (request %s)", account.failure, account.request_id)
+            return
+        with suppress(RuntimeError):  # an answer had begun: that one is cut
+            await _send(scope, send, refusal.stopping())
+
+
+async def _send(scope: dict[str, Any], send: Send, answer: Answer) -> None:
+    call: AsgiCall | None = scope.get(CALL)
+    request_id = request_id_of(scope["headers"]) if call is None else call.account.request_id
+    if call is not None:
+        call.account.status = answer.status
+    own = [(REQUEST_ID, request_id.encode()), (b"content-length", b"%d" % len(answer.body))]
+    await send({"type": "http.response.start", "status": answer.status, "headers": [*answer.headers, *own]})
+    await send({"type": "http.response.body", "body": answer.body})

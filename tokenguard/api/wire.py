@@ -1,39 +1,119 @@
-"""Between plain values and Falcon's requests and responses."""
+"""Between plain values and Falcon's requests and responses, of ASGI and of WSGI."""
 
 from __future__ import annotations
 
 import logging
+import os
+import re
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+import falcon
+import falcon.asgi
 import msgspec
-from falcon import HTTPError, http_status_to_code
-from falcon.asgi import Request, Response
+from falcon import HTTPError, Request, Response, http_status_to_code
 
 from tokenguard import refusal
+from tokenguard.account import Account
 from tokenguard.errors import BodyTooLarge, TokenGuardError
+from tokenguard.exchange import IDENTITY_HEADERS, REQUEST_ID
+from tokenguard.metrics import Metrics
 from tokenguard.model import Answer, Headers
 
-SERVES = "/v1/chat/completions, /v1/models, /config/budget and /"
+SERVES = "/v1/chat/completions, /v1/models, /config/budget, /metrics, /openapi.json and /"
 
 _log = logging.getLogger("tokenguard")
 
 
+class CallerGone(Exception):
+    """The caller hung up while we were waiting, for the rest of its request or for the provider."""
+
+
+GONE = Answer(499, [], b"")
+"""What nobody hears any more."""
+
+_REQUEST_ID = re.compile(rb"[!-~]{1,128}")
+
+
 def headers_of(req: Request) -> Headers:
     """Return the request's header fields as they came."""
-    headers: Headers = req.scope["headers"]
-    return headers
+    if isinstance(req, falcon.asgi.Request):
+        headers: Headers = req.scope["headers"]
+        return headers
+    return [
+        (name[5:].replace("_", "-").lower().encode("latin-1"), value.encode("latin-1"))
+        for name, value in req.env.items()
+        if name.startswith("HTTP_")
+    ]
 
 
-async def read_body(req: Request, max_bytes: int) -> bytes:
-    """Return the whole body.
+def ambiguous(headers: Headers) -> Answer | None:
+    """Return the answer to a request over WSGI whose identity cannot be told.
+
+    NOTE: WSGI servers join the values of a field that is given twice by a comma. What an authenticating proxy adds
+    to what a caller sent would then name somebody new, who has a fresh budget.
+    """
+    for name, value in headers:
+        if name in IDENTITY_HEADERS and b"," in value:
+            shown = name.decode()
+            message = f"header {shown} holds a comma: over WSGI that cannot be told from a field given twice"
+            return refusal.problem(400, message, "invalid_request_error", "invalid_value", shown)
+    return None
+
+
+def peer_of(req: Request) -> str:
+    """Return the address of whoever is at the other end of the connection; empty if that is not known."""
+    if isinstance(req, falcon.asgi.Request):
+        client = req.scope.get("client")
+        return str(client[0]) if client else ""
+    return str(req.env.get("REMOTE_ADDR", ""))
+
+
+def http_version_of(req: Request) -> str:
+    """Return ``1.0``, ``1.1`` or ``2``."""
+    if isinstance(req, falcon.asgi.Request):
+        return str(req.scope["http_version"])
+    return str(req.env["SERVER_PROTOCOL"]).removeprefix("HTTP/")
+
+
+async def read_body(req: falcon.asgi.Request, max_bytes: int) -> bytes:
+    """Return the whole body of a request over ASGI.
 
     Raises:
         BodyTooLarge: It is larger than ``max_bytes``.
     """
+    _check_length(req, max_bytes)
+    return _checked(await req.stream.read(max_bytes + 1), max_bytes)
+
+
+def read_wsgi_body(req: Request, max_bytes: int) -> bytes:
+    """Return the whole body of a request over WSGI.
+
+    Raises:
+        BodyTooLarge: It is larger than ``max_bytes``.
+        CallerGone: It did not come to its end.
+    """
+    _check_length(req, max_bytes)
+    length = req.content_length
+    if length is None and not req.env.get("wsgi.input_terminated"):
+        return b""
+    wanted = max_bytes + 1 if length is None else length
+    try:
+        body: bytes = req.env["wsgi.input"].read(wanted)
+    except Exception as error:  # each server has errors of its own for a connection that breaks off
+        raise CallerGone from error
+    if length is not None and len(body) < length:
+        raise CallerGone
+    return _checked(body, max_bytes)
+
+
+def _check_length(req: Request, max_bytes: int) -> None:
     length = req.content_length
     if length is not None and length > max_bytes:
         raise BodyTooLarge("body", f"body must be at most {max_bytes} bytes, got {length}")
-    body = await req.stream.read(max_bytes + 1)
+
+
+def _checked(body: bytes, max_bytes: int) -> bytes:
     if len(body) > max_bytes:
         raise BodyTooLarge("body", f"body must be at most {max_bytes} bytes, got more")
     return body
@@ -57,15 +137,139 @@ def write_json(resp: Response, status: int, value: Any) -> None:  # noqa: ANN401
     write(resp, Answer(status, [refusal.JSON], msgspec.json.encode(value) + b"\n"))
 
 
-async def on_tokenguard_error(req: Request, resp: Response, error: TokenGuardError, params: object) -> None:
+# --- one resource, two drivers --------------------------------------------------------------------------------
+
+
+class Resource:
+    """What answers under one path, by plain functions: the same for both drivers.
+
+    A responder finds the body of the request in ``req.context.body``.
+
+    Attributes:
+        max_body_bytes: A longer body is refused with 413.
+    """
+
+    max_body_bytes = 0
+
+
+class _Driven:
+    """A resource as one of Falcon's apps wants it.
+
+    Attributes:
+        resource: The resource.
+    """
+
+    def __init__(self, resource: Resource, driven: Callable[[Resource, Callable[..., None]], object]) -> None:
+        self.resource = resource
+        for name in dir(resource):
+            if name.startswith("on_"):
+                setattr(self, name, driven(resource, getattr(resource, name)))
+
+
+def over_asgi(resource: Resource) -> object:
+    """Return a resource for Falcon's ASGI app."""
+    return _Driven(resource, _asynchronous)
+
+
+def over_wsgi(resource: Resource) -> object:
+    """Return a resource for Falcon's WSGI app."""
+    return _Driven(resource, _synchronous)
+
+
+def plain(resource: object) -> object:
+    """Return the resource itself, whichever driver it was made ready for."""
+    return resource.resource if isinstance(resource, _Driven) else resource
+
+
+def _asynchronous(resource: Resource, respond: Callable[..., None]) -> Callable[..., Awaitable[None]]:
+    async def responder(req: falcon.asgi.Request, resp: Response, **params: str) -> None:
+        if resource.max_body_bytes:
+            req.context.body = await read_body(req, resource.max_body_bytes)
+        respond(req, resp, **params)
+
+    return responder
+
+
+def _synchronous(resource: Resource, respond: Callable[..., None]) -> Callable[..., None]:
+    def responder(req: Request, resp: Response, **params: str) -> None:
+        if resource.max_body_bytes:
+            req.context.body = read_wsgi_body(req, resource.max_body_bytes)
+        respond(req, resp, **params)
+
+    return responder
+
+
+# --- what holds for every request -----------------------------------------------------------------------------
+
+
+def request_id_of(headers: Headers) -> str:
+    """Return what the caller calls the request, if that is 1 to 128 printable characters; else make a name."""
+    given = [value for name, value in headers if name == REQUEST_ID]
+    if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
+        return given[0].decode()
+    return os.urandom(16).hex()
+
+
+def _request_id(req: Request) -> str:
+    """Return a request's id, also if Falcon refused it before it asked any middleware."""
+    if not hasattr(req.context, "request_id"):
+        req.context.request_id = request_id_of(headers_of(req))
+    return str(req.context.request_id)
+
+
+class Tracing:
+    """Falcon middleware: gives every request an id, and counts it when it is answered.
+
+    Args:
+        metrics: Where.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def process_request(self, req: Request, resp: Response) -> None:
+        """Give it an id."""
+        _request_id(req)
+
+    def process_response(self, req: Request, resp: Response, resource: object, succeeded: bool) -> None:
+        """Tell the id, and count the request."""
+        resp.set_header(REQUEST_ID.decode(), _request_id(req))
+        self._metrics.answered(req.uri_template, resp.status_code)
+        account: Account | None = getattr(req.context, "account", None)
+        if account is not None:
+            account.status = resp.status_code
+
+    async def process_request_async(self, req: Request, resp: Response) -> None:
+        """Give it an id."""
+        self.process_request(req, resp)
+
+    async def process_response_async(self, req: Request, resp: Response, resource: object, ok: bool) -> None:
+        """Tell the id, and count the request."""
+        self.process_response(req, resp, resource, ok)
+
+
+def add_error_handlers(app: falcon.App[Any, Any]) -> None:
+    """Answer all errors in the provider's shape."""
+    for kind, handler in _ERROR_HANDLERS.items():
+        app.add_error_handler(kind, _awaited(handler) if isinstance(app, falcon.asgi.App) else handler)
+
+
+def _awaited(handler: Callable[..., None]) -> Callable[..., Any]:
+    async def handle(req: Request, resp: Response, error: Exception, params: object) -> None:
+        handler(req, resp, error, params)
+
+    return handle
+
+
+def _on_tokenguard_error(req: Request, resp: Response, error: TokenGuardError, params: object) -> None:
     """Answer an error of ours; log it if it is not the caller's."""
     answer = refusal.error_answer(error)
     if answer.status >= 500:
-        _log.warning("%s", error)
+        _log.warning("%s (request %s)", error, _request_id(req))
     write(resp, answer)
 
 
-async def on_http_error(req: Request, resp: Response, error: HTTPError, params: object) -> None:
+def _on_http_error(req: Request, resp: Response, error: HTTPError, params: object) -> None:
     """Answer what Falcon itself refuses, such as a path or a method that is not there."""
     status = http_status_to_code(error.status)
     headers = dict(error.headers or {})
@@ -83,7 +287,20 @@ async def on_http_error(req: Request, resp: Response, error: HTTPError, params: 
         resp.set_header(name, value)
 
 
-async def on_unexpected_error(req: Request, resp: Response, error: Exception, params: object) -> None:
+def _on_caller_gone(req: Request, resp: Response, error: CallerGone, params: object) -> None:
+    """Answer nobody."""
+    write(resp, GONE)
+
+
+def _on_unexpected_error(req: Request, resp: Response, error: Exception, params: object) -> None:
     """Answer what should not have happened, and log it."""
-    _log.error("%s %s failed", req.method, req.path, exc_info=error)
+    _log.error("%s %s failed (request %s)", req.method, req.path, _request_id(req), exc_info=error)
     write(resp, refusal.failed())
+
+
+_ERROR_HANDLERS: dict[type[Exception], Callable[..., None]] = {
+    Exception: _on_unexpected_error,
+    HTTPError: _on_http_error,
+    CallerGone: _on_caller_gone,
+    TokenGuardError: _on_tokenguard_error,
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from tokenguard._bucket import Outcome
@@ -24,6 +24,9 @@ class Backend(Protocol):
 
     def describe(self) -> str:
         """Return what this backend is, for the start-up line and health."""
+
+    def stats(self) -> Mapping[str, int]:
+        """Return its counters, as ``BucketTable.stats`` names them."""
 
     def on(self, scope: Scope) -> Collection[Budget]:
         """Return the explicit budgets of a scope."""

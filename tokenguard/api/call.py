@@ -1,0 +1,152 @@
+"""One guarded call as both drivers see it: all of it but the moving of bytes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from time import perf_counter
+from typing import NamedTuple
+from urllib.parse import quote
+
+from tokenguard.account import Account
+from tokenguard.errors import InvalidRequest, TableBusy, UpstreamError
+from tokenguard.exchange import End, Exchange, Settlement, Terms
+from tokenguard.limiter import Limiter
+from tokenguard.metrics import Metrics
+from tokenguard.model import Answer, Head, Headers, UpstreamRequest, checked_name
+
+CALL = "tokenguard.call"
+"""Where in the ASGI scope, or in the WSGI environment, a request's call is."""
+
+SETTLE_TRIES = 3
+"""How often settling is tried while the buckets are locked; each try waits for a second."""
+
+_log = logging.getLogger("tokenguard")
+
+_REDIRECTS = "OPENAI_BASE_URL may not be quite the provider's address"
+_CREDENTIALS = "it may not accept our credentials"
+_TELLING = {**dict.fromkeys((301, 302, 303, 307, 308), _REDIRECTS), **dict.fromkeys((401, 403), _CREDENTIALS)}
+"""Answers that speak of our configuration rather than of the call."""
+
+
+class Guard(NamedTuple):
+    """What guards all calls.
+
+    Attributes:
+        limiter: Reserves and settles.
+        terms: What is the same for all exchanges.
+        metrics: Counts.
+        log: Is told of every call that is over; None to tell nobody.
+        max_body_bytes: A longer body is refused with 413.
+        caller_timeout_s: How long a caller may take to send, or to take, the next piece.
+    """
+
+    limiter: Limiter
+    terms: Terms
+    metrics: Metrics
+    log: Callable[[Account], None] | None
+    max_body_bytes: int
+    caller_timeout_s: float
+
+
+class Call:
+    """An exchange, its reservation and its account, from the request's head until nothing is left to do.
+
+    A driver calls ``begin``, then ``answered`` and ``finish`` as the provider's answer comes and ends, or
+    ``failed`` or ``leave`` if it does not, and ``over`` however all that went.
+    """
+
+    def __init__(self, guard: Guard, request_id: str) -> None:
+        self.exchange = Exchange(guard.terms, request_id)
+        self.account = self.exchange.account
+        self._guard = guard
+        self._began_s = perf_counter()
+        self._forwarded_s = 0.0
+        self._over = False
+        guard.metrics.began()
+
+    def begin(self, headers: Headers, body: bytes) -> UpstreamRequest | Answer:
+        """Read a request and reserve for it; return what to forward, or the answer."""
+        asked = self.exchange.begin(headers, body)
+        if isinstance(asked, Answer):
+            return asked
+        forward = self.exchange.reserved(self._guard.limiter.reserve(*asked))
+        if self.account.admitted:
+            self._guard.metrics.admitted(self.account)
+        self._forwarded_s = perf_counter()
+        return forward
+
+    def answered(self, status: int, headers: Headers) -> Head:
+        """Take in the head of the provider's answer; return the head to pass on."""
+        self.account.upstream_s = perf_counter() - self._forwarded_s
+        head = self.exchange.answered(status, headers)
+        self._guard.metrics.upstream_answered(self.account)
+        if status in _TELLING:
+            self._warn(f"the provider answered {status}: {_TELLING[status]}")
+        return head
+
+    def failed(self, error: UpstreamError) -> Answer | None:
+        """Settle a call that the provider failed; return what to answer, if nothing has been passed on yet."""
+        self._guard.metrics.upstream_failed()
+        end = self.exchange.abort(error)
+        self._settle(end.settlement)
+        self._warn(str(error) if end.answer else f"{error}; the caller's connection was closed")
+        return end.answer
+
+    def finish(self) -> bytes:
+        """Settle a call whose answer has come to its end; return the rest of what to pass on.
+
+        Raises:
+            UpstreamError: It has not come to its end.
+        """
+        return self._end(self.exchange.finish())
+
+    def leave(self) -> None:
+        """Settle a call that the caller left, if it is not settled."""
+        self._end(self.exchange.abort())
+
+    def over(self) -> None:
+        """Whatever happened: settle what is not settled, and tell of the call."""
+        if self._over:
+            return
+        self._over = True
+        self.leave()
+        self.account.seconds = perf_counter() - self._began_s
+        self._guard.metrics.ended(self.account)
+        if self._guard.log is not None:
+            self._guard.log(self.account)
+
+    def _end(self, end: End) -> bytes:
+        self._settle(end.settlement)
+        return end.rest
+
+    def _settle(self, settlement: Settlement | None) -> None:
+        if settlement is None:
+            return
+        for tries_left in reversed(range(SETTLE_TRIES)):
+            try:
+                settlement.apply(self._guard.limiter)
+            except TableBusy as error:
+                if not tries_left:
+                    settlement.keep()
+                    self._guard.metrics.settlement_lost()
+                    self._warn(f"{error}: the reservation stays spent")
+            else:
+                break
+        self._guard.metrics.settled(self.account)
+
+    def _warn(self, what: str) -> None:
+        _log.warning("%s (request %s)", what, self.account.request_id)
+
+
+def path_of(model: str | None) -> str:
+    """Return the provider's path of a model, or of all; it stays where it is put: our key opens no other doors.
+
+    Raises:
+        InvalidRequest: It is no model's id.
+    """
+    if model is None:
+        return "/models"
+    if not {"", ".", ".."}.isdisjoint(model.split("/")):
+        raise InvalidRequest("model", f"model must be the id of a model, got {model!r}")
+    return f"/models/{quote(checked_name('model', model), safe='/:')}"

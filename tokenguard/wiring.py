@@ -1,0 +1,140 @@
+"""What both composition roots build, whichever way requests come in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import falcon
+from dotenv import dotenv_values
+
+from tokenguard import logs
+from tokenguard._bucket import BucketTable
+from tokenguard.api.admin import AdminRule
+from tokenguard.api.budgets import BudgetList, OneBudget
+from tokenguard.api.call import Guard
+from tokenguard.api.health import Health
+from tokenguard.api.metrics import Exposition
+from tokenguard.api.openapi import Description
+from tokenguard.api.wire import Resource, Tracing, add_error_handlers
+from tokenguard.backends import Backend
+from tokenguard.backends.memory import MemoryBackend
+from tokenguard.budgets import Budgets
+from tokenguard.config import Config, read_config
+from tokenguard.errors import InvalidSetting
+from tokenguard.estimate import Estimator
+from tokenguard.exchange import Terms
+from tokenguard.limiter import Limiter
+from tokenguard.metrics import Metrics
+from tokenguard.model import Headers
+from tokenguard.plan import Plans
+from tokenguard.upstream import Hop
+
+
+def environment() -> Mapping[str, str]:
+    """Return the environment, and what ``.env`` in the working directory adds to it.
+
+    Raises:
+        InvalidSetting: ``.env`` is not text.
+    """
+    try:
+        written = dotenv_values(".env")
+    except UnicodeDecodeError as error:
+        raise InvalidSetting(".env", f".env must be UTF-8: {error}") from None
+    return {**{name: value for name, value in written.items() if value is not None}, **os.environ}
+
+
+def buckets(config: Config) -> MemoryBackend:
+    """Return the backend that the configuration names."""
+    return MemoryBackend(BucketTable(config.buckets))
+
+
+def provider(config: Config) -> Hop:
+    """Return the provider that the configuration names.
+
+    Raises:
+        InvalidSetting: There is no key for it.
+    """
+    if config.openai_api_key is None:
+        raise InvalidSetting(
+            "OPENAI_API_KEY",
+            "OPENAI_API_KEY is not set: set it in the environment or in .env, or run `tokenguard demo`, which "
+            "needs none",
+        )
+    return Hop(
+        config.openai_base_url,
+        connect_timeout_s=config.connect_timeout_s,
+        read_timeout_s=config.read_timeout_s,
+        max_connections=config.max_connections,
+        queue_timeout_s=config.queue_timeout_s,
+    )
+
+
+class House:
+    """Everything that does not depend on how requests come in.
+
+    Args:
+        config: What to go by; the environment and ``.env`` by default.
+        backend: Where the buckets live; the one that the configuration names by default.
+
+    Attributes:
+        config: The configuration.
+        guard: Guards calls.
+        terms: What is the same for all exchanges.
+
+    Raises:
+        InvalidSetting: The environment cannot be used.
+    """
+
+    def __init__(self, config: Config | None, backend: Backend | None) -> None:
+        self.config = config = config or read_config(environment())
+        logs.set_up(as_json=config.log_json)
+        self._backend = backend = backend or buckets(config)
+        self._plans = Plans(backend, config.defaults)
+        self._metrics = Metrics(backend)
+        self.terms = Terms(_credentials(config), Estimator(), config.ask_for_usage)
+        self.guard = Guard(
+            Limiter(backend, self._plans),
+            self.terms,
+            self._metrics,
+            logs.log_call if config.log_calls else None,
+            config.max_body_bytes,
+            config.caller_timeout_s,
+        )
+
+    def furnish(
+        self, app: falcon.App[Any, Any], over: Callable[[Resource], object], chat: object, models: object
+    ) -> None:
+        """Give an app its middleware, its error handlers and its routes.
+
+        Args:
+            app: The app, of either driver.
+            over: Makes a resource ready for the driver.
+            chat: The resource of chat completions, which are the driver's own.
+            models: Likewise.
+        """
+        config = self.config
+        app.add_middleware([Tracing(self._metrics), AdminRule(config.admin_token, config.admin_allow)])
+        add_error_handlers(app)
+        app.add_route("/v1/chat/completions", chat)
+        app.add_route("/v1/models", models)
+        app.add_route("/v1/models/{model:path}", models)
+        budgets = Budgets(self._backend, self._plans)
+        one = over(OneBudget(budgets))
+        app.add_route("/config/budget", over(BudgetList(budgets)))
+        app.add_route("/config/budget/{scope}", one)
+        app.add_route("/config/budget/{scope}/{scope_id:path}", one)
+        app.add_route("/", over(Health(self._backend)))
+        app.add_route("/metrics", over(Exposition(self._metrics)))
+        app.add_route("/openapi.json", over(Description()))
+
+
+def _credentials(config: Config) -> Headers:
+    """Return the header fields that authenticate us to the provider."""
+    fields = {
+        b"authorization": config.openai_api_key and f"Bearer {config.openai_api_key}",
+        b"openai-organization": config.openai_organization,
+        b"openai-project": config.openai_project,
+    }
+    return [(name, value.encode()) for name, value in fields.items() if value]
