@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -100,15 +101,63 @@ def running(folder, *command, **settings):
             process.wait(STOP_SECONDS)
             pytest.fail(f"the server did not start: {log_path.read_text()}")
         server = TokenGuard(process, address[1], line, log_path)
-        try:
+        with _stopped_at_the_end(server):
             yield server
-        finally:
-            for client in server.clients:
-                client.close()
-            if process.poll() is None:
-                code = server.stop()
-                assert code == 0, f"exit code {code}: {server.log}"
+
+
+@contextmanager
+def running_wsgi(folder, **settings):
+    """Start the WSGI app in ``folder`` under gunicorn, with threads; stop it at the end and check how it went."""
+    log_path = folder / f"gunicorn-{next(_numbers)}.log"
+    with socket.create_server(("127.0.0.1", 0), backlog=256) as listening, log_path.open("w") as log:
+        # Whoever connects before it serves waits in the socket's queue, so that nobody has to ask when it does.
+        listening.set_inheritable(True)
+        options = [
+            "--worker-class",
+            "gthread",
+            "--threads",
+            "32",
+            "--graceful-timeout",
+            "5",
+            "--no-control-socket",
+        ]
+        options += ["--bind", f"fd://{listening.fileno()}", "--log-level", "warning"]
+        with subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", "tokenguard.wsgi:create_app()", *options],
+            cwd=folder,
+            env=environment(**settings),
+            stdout=log,
+            stderr=log,
+            pass_fds=[listening.fileno()],
+        ) as process:
+            server = TokenGuard(process, f"http://127.0.0.1:{listening.getsockname()[1]}", "", log_path)
+            try:
+                httpx.get(server.url, timeout=START_SECONDS)
+            except httpx.HTTPError:
+                process.kill()
+                pytest.fail(f"the server did not start: {server.log}")
+            with _stopped_at_the_end(server):
+                yield server
+
+
+@contextmanager
+def _stopped_at_the_end(server):
+    try:
+        yield
+    finally:
+        for client in server.clients:
+            client.close()
+        if server.process.poll() is None:
+            code = server.stop()
+            assert code == 0, f"exit code {code}: {server.log}"
     assert "Traceback" not in server.log, server.log
+
+
+DRIVERS = {
+    "uvicorn": lambda folder, **settings: running(folder, "serve", **settings),
+    "gunicorn": running_wsgi,
+}
+"""The ways in which requests come in, as functions that start a server."""
 
 
 @pytest.fixture(scope="session")
@@ -137,12 +186,11 @@ def upstream_url(_fake_server):
     return f"http://127.0.0.1:{_fake_server[1].port}/v1"
 
 
-@pytest.fixture(scope="session")
-def server(upstream_url, tmp_path_factory):
-    """One server for all tests that need no settings of their own; the defaults are far away."""
-    with running(
+@pytest.fixture(scope="session", params=DRIVERS)
+def server(request, upstream_url, tmp_path_factory):
+    """One server of each driver for tests that need no settings of their own; the defaults are far away."""
+    with DRIVERS[request.param](
         tmp_path_factory.mktemp("server"),
-        "serve",
         OPENAI_API_KEY=OUR_KEY,
         OPENAI_BASE_URL=upstream_url,
         CAP_GLOBAL=10**9,
