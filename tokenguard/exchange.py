@@ -166,6 +166,7 @@ class Exchange:
         self._reader: JsonAnswer | EventStream | None = None
         self._decoder: Decoder | None = None
         self._refused = False
+        self._bytes_left: int | None = None
 
     @property
     def stream(self) -> bool:
@@ -219,6 +220,8 @@ class Exchange:
         fields = dict(headers)
         encoding = fields.get(b"content-encoding", b"identity").strip().lower()
         self._refused = status >= 300  # a redirect has run no model either
+        if (length := fields.get(b"content-length", b"")).isdigit():
+            self._bytes_left = int(length)
         self._decoder = decoder_for(encoding)
         readable = encoding == b"identity" or self._decoder is not None
         if readable and fields.get(b"content-type", b"").lower().startswith(b"text/event-stream"):
@@ -237,9 +240,16 @@ class Exchange:
         Raises:
             UpstreamError: The piece cannot be decoded.
         """
+        if self._bytes_left is not None:
+            self._bytes_left -= len(chunk)
         if self._decoder is not None:
             chunk = self._decoder.decode(chunk)
         return self._reader.feed(chunk) if self._reader is not None else chunk
+
+    @property
+    def complete(self) -> bool:
+        """Whether all bytes that the provider announced have come: then nothing is to be waited for."""
+        return self._bytes_left is not None and self._bytes_left <= 0
 
     def finish(self) -> End:
         """The provider's answer has come to its end.

@@ -52,8 +52,8 @@ class Guard(NamedTuple):
 class Call:
     """An exchange, its reservation and its account, from the request's head until nothing is left to do.
 
-    A driver calls ``begin``, then ``answered`` and ``finish`` as the provider's answer comes and ends, or
-    ``failed`` or ``leave`` if it does not, and ``over`` however all that went.
+    A driver calls ``begin``, then ``answered``, ``feed`` and ``finish`` as the provider's answer comes and ends,
+    or ``failed`` or ``leave`` if it does not, and ``over`` however all that went.
     """
 
     def __init__(self, guard: Guard, request_id: str) -> None:
@@ -84,6 +84,17 @@ class Call:
         if status in _TELLING:
             self._warn(f"the provider answered {status}: {_TELLING[status]}")
         return head
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take in a piece of the provider's body; return what to pass on, which may be nothing.
+
+        The last piece is settled before it is passed on: when the caller has it, its buckets are up to date.
+
+        Raises:
+            UpstreamError: The piece cannot be decoded.
+        """
+        passed = self.exchange.feed(chunk)
+        return passed + self.finish() if self.exchange.complete else passed
 
     def failed(self, error: UpstreamError) -> Answer | None:
         """Settle a call that the provider failed; return what to answer, if nothing has been passed on yet."""

@@ -126,7 +126,7 @@ class AsgiCall(Call):
             while not self._done:
                 try:
                     chunk = await self._while_caller_waits(self._chunks.__anext__())
-                    passed = self.exchange.feed(chunk)
+                    passed = self.feed(chunk)
                 except StopAsyncIteration:
                     self._done = True
                     passed = self.finish()

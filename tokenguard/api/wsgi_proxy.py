@@ -86,7 +86,7 @@ class WsgiCall(Call):
         try:
             while not self._done:
                 try:
-                    passed = self.exchange.feed(next(self._chunks))
+                    passed = self.feed(next(self._chunks))
                 except StopIteration:
                     self._done = True
                     passed = self.finish()
