@@ -1,6 +1,7 @@
 """The command line and the life of the server: starting, saying what is wrong, stopping."""
 
 import asyncio
+import json
 import socket
 import subprocess
 import sys
@@ -237,3 +238,29 @@ def test_full_table_is_a_clear_503(tmp_path):
         assert raised.value.status_code == 503
         assert raised.value.response.headers["retry-after"] == "1"
         server.client("first").chat.completions.create(model="m", messages=MESSAGES)
+
+
+def test_what_is_no_http_is_answered_in_the_usual_shape(tmp_path):
+    """Garbage gets a 400 with the provider's error body, and the connection is closed."""
+    with running(tmp_path, "demo") as server, connection_to(server) as connection:
+        connection.sendall(b"GARBAGE\r\n\r\n")
+        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("before", [b"", b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"])
+def test_caller_who_never_ends_a_head_is_given_up(tmp_path, before):
+    """Half a head holds a connection for TOKENGUARD_CALLER_TIMEOUT_S, be it the first or a later one."""
+    with (
+        running(tmp_path, "demo", TOKENGUARD_CALLER_TIMEOUT_S="0.3") as server,
+        connection_to(server) as connection,
+    ):
+        connection.sendall(before + b"POST /v1/chat/completions HTTP/1.1\r\nhost:")
+        received = connection.makefile("rb").read()
+    assert received.count(b"HTTP/1.1 200 ") == (1 if before else 0)
+
+
+def connection_to(server):
+    return socket.create_connection(httpx.URL(server.url).netloc.decode().split(":"), timeout=10)

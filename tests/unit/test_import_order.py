@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "tokenguard"
 
 FLOORS = [
     {"cli", "asgi", "wsgi", "wiring", "library", "__main__"},
-    {"api", "lane", "middleware"},
+    {"api", "server", "lane", "middleware"},
     {"exchange", "provider_limits", "upstream", "config", "demo"},
     {"limiter", "budgets", "estimate", "providers", "refusal", "metrics", "logs"},
     {"plan", "backends"},
@@ -25,7 +25,7 @@ APART = {"exchange", "upstream", "provider_limits", "config", "demo"}
 ROOTS = {"cli", "asgi", "wsgi", "wiring", "library"}
 HOMES = {
     "falcon": {"api", "asgi", "wsgi", "wiring"},
-    "uvicorn": {"cli"},
+    "uvicorn": {"server"},
     "click": {"cli"},
     "httpx": {"upstream", "provider_limits", "library", "cli"},
     "redis": {"backends.redis"},

@@ -1,0 +1,161 @@
+"""uvicorn, as ``tokenguard serve`` runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from tokenguard import refusal
+from tokenguard._version import __version__
+from tokenguard.errors import InvalidSetting
+
+KEEPALIVE_S = 75
+"""How long a caller's idle connection is kept: longer than clients keep theirs, so that it is they who close."""
+
+_log = logging.getLogger("tokenguard")
+
+
+def run(
+    app: Any,  # noqa: ANN401 - any ASGI app
+    listening: socket.socket,
+    guards: str,
+    *,
+    caller_timeout_s: float,
+    patience_s: int,
+) -> None:
+    """Serve until a signal comes, and stop in peace.
+
+    Args:
+        app: The ASGI app.
+        listening: What ``listen`` returned.
+        guards: What the start-up line tells beside the address.
+        caller_timeout_s: How long a caller may take for the head of a request.
+        patience_s: How long running calls may take to end.
+    """
+    # The app cuts a connection by not completing the answer, and says why itself.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in record.msg)
+    settings = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http=partial(Protocol, caller_timeout_s=caller_timeout_s),  # type: ignore[arg-type]  # is called as a class
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=KEEPALIVE_S,
+        timeout_graceful_shutdown=patience_s,
+    )
+    Server(settings, guards, patience_s).run([listening])
+
+
+def listen(host: str, port: int, caller_timeout_s: float) -> socket.socket:
+    """Return a listening socket.
+
+    Args:
+        host: A name or an address.
+        port: The port; 0 picks a free one.
+        caller_timeout_s: How long what was written to a caller may wait to be taken.
+
+    Raises:
+        InvalidSetting: The address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        # create_server adds the address to its message, which we name already; a failed look-up has no errno
+        said = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise InvalidSetting("port", f"cannot listen on {host} port {port}: {said}") from error
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Who takes nothing is given up, but what was written keeps its connection open until this is over.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(caller_timeout_s * 1000))
+    return listening
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which says in one line where it listens and what it guards."""
+
+    def __init__(self, config: uvicorn.Config, guards: str, patience_s: int) -> None:
+        super().__init__(config)
+        self._guards = guards
+        self._patience_s = patience_s
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on a signal, and be done then: uvicorn would raise it anew and so exit with an error."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, then say so."""
+        await super().startup(sockets)
+        if self.started:
+            listening = self.servers[0].sockets[0].getsockname()
+            host = f"[{listening[0]}]" if ":" in listening[0] else listening[0]
+            print(f"tokenguard {__version__} on http://{host}:{listening[1]} | {self._guards}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let running calls end, and say that this is what the wait is for."""
+        if running := len(self.server_state.tasks):
+            _log.info("stopping: %d running calls have %d s to end", running, self._patience_s)
+        await super().shutdown(sockets)
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, which answers what is no HTTP in the provider's shape, and gives up who never ends a head."""
+
+    def __init__(self, *args: Any, caller_timeout_s: float, **kwargs: Any) -> None:  # noqa: ANN401 - as uvicorn passes them
+        super().__init__(*args, **kwargs)
+        self._caller_timeout_s = caller_timeout_s
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Expect a first request."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Expect nothing any more."""
+        self._forget_head()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """Expect the rest of the head."""
+        super().on_message_begin()
+        self._forget_head()
+        self._expect_head()
+
+    def on_headers_complete(self) -> None:
+        """The head is whole."""
+        self._forget_head()
+        super().on_headers_complete()
+
+    def _expect_head(self) -> None:
+        self._head_timer = self.loop.call_later(self._caller_timeout_s, self.transport.close)
+
+    def _forget_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, and close."""
+        answer = refusal.problem(400, msg, "invalid_request_error", "invalid_http")
+        head = [b"HTTP/1.1 400 Bad Request", b"connection: close", b"content-length: %d" % len(answer.body)]
+        head += [b": ".join(field) for field in answer.headers]
+        self.transport.write(b"\r\n".join(head) + b"\r\n\r\n" + answer.body)
+        self.transport.close()
