@@ -1,0 +1,346 @@
+"""What a caller gets, and what it is charged, when the provider fails: each fault on both drivers."""
+
+import gzip
+import json
+import re
+import socket
+import ssl
+from dataclasses import dataclass
+from itertools import repeat
+
+import httpx
+import pytest
+import trustme
+
+from tests.e2e.conftest import DRIVERS, OUR_KEY
+from tests.e2e.rogue import EVENTS, LAST, Rogue, answer, chunk, head, saying
+from tests.oracle import OracleTable, Terms
+
+MESSAGES = [{"role": "user", "content": "Say hello"}]
+PROMPT = 3 + 3 + 3
+"""Nine bytes of text, the framing of a message and of the prompt."""
+RESERVED = PROMPT + 50
+USED = 30
+CAPACITY = 10**6
+
+CUT = "the connection breaks off"
+
+
+def usage(prompt=10, completion=20, total=30):
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
+
+
+def completion(usage):
+    return json.dumps(
+        {"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}], "usage": usage}
+    ).encode()
+
+
+def event(content=None, usage=None, reason=None):
+    choices = [{"index": 0, "delta": {"content": content} if content else {}, "finish_reason": reason}]
+    chunk = {"choices": [] if usage else choices, "usage": usage}
+    return b"data: %s\n\n" % json.dumps(chunk).encode()
+
+
+DONE = b"data: [DONE]\n\n"
+WHOLE = completion(usage())
+TWO_WORDS = event("one") + event(" two")
+
+
+def streamed(*events, cut=False):
+    """Return an answer that streams events, and ends as it should unless it is cut."""
+    return EVENTS + b"".join(map(chunk, events)) + (b"" if cut else LAST)
+
+
+@dataclass
+class Fault:
+    """What the provider sends, and what comes of it.
+
+    Attributes:
+        name: What is wrong.
+        sent: The bytes that the provider sends before it hangs up.
+        gets: The status that the caller is answered, or ``CUT``.
+        charged: What the user's and the team's bucket pay.
+        code: The code of our error, if it is ours.
+        stream: Whether a stream was asked for.
+    """
+
+    name: str
+    sent: bytes
+    gets: int | str
+    charged: int
+    code: str | None = None
+    stream: bool = False
+
+
+def stream(name, sent, gets, charged):
+    return Fault(name, sent, gets, charged, stream=True)
+
+
+BROKEN = "upstream_unreachable"
+ODD_USAGES = {
+    "null": None,
+    "negative": usage(prompt=-1),
+    "10^18": usage(total=10**18),
+    "text": usage(total="30"),
+    "a fraction": usage(total=30.5),
+    "true": usage(total=True),
+    "a list": [1],
+    "empty": {},
+}
+FAULTS = [
+    Fault("hangs up without a word", b"", 502, RESERVED, BROKEN),
+    Fault("garbage", b"\x00\xffgarbage\r\n\r\n", 502, RESERVED, BROKEN),
+    Fault("status 799", head("content-length: 0", status="799 Odd"), 502, RESERVED, BROKEN),
+    Fault("status 101", head(status="101 Switching Protocols"), 502, RESERVED, BROKEN),
+    Fault("cut in the head", b"HTTP/1.1 200 OK\r\ncontent-ty", 502, RESERVED, BROKEN),
+    Fault("two content-lengths", head("content-length: 5", "content-length: 6") + b"12345", 502, RESERVED, BROKEN),
+    *(
+        Fault(
+            f"status {status}",
+            answer(b'{"error":{"message":"no"}}', "retry-after: 7", status=f"{status} No"),
+            status,
+            0,
+        )
+        for status in (302, 400, 401, 404, 429, 500, 503)
+    ),
+    Fault("JSON that is cut", answer(WHOLE[:-20]), 200, RESERVED),
+    Fault("no JSON", answer(b"<html>502 Bad Gateway</html>"), 200, RESERVED),
+    Fault("an empty body", answer(b""), 200, RESERVED),
+    Fault("a content-length that is too large", answer(WHOLE, length=len(WHOLE) + 1), CUT, USED),
+    Fault("a content-length that is too small", answer(WHOLE, length=len(WHOLE) - 20), 200, RESERVED),
+    Fault("no content-length", head("content-type: application/json") + WHOLE, 200, USED),
+    Fault("chunks that are cut", head("transfer-encoding: chunked") + chunk(WHOLE[:50]), CUT, RESERVED),
+    Fault("chunks that are garbage", head("transfer-encoding: chunked") + b"zz\r\nhello", CUT, RESERVED),
+    *(Fault(f"usage: {name}", answer(completion(told)), 200, RESERVED) for name, told in ODD_USAGES.items()),
+    Fault("usage: no total", answer(completion({"prompt_tokens": 10, "completion_tokens": 20})), 200, USED),
+    Fault("gzip all the same", answer(gzip.compress(WHOLE), "content-encoding: gzip"), 200, USED),
+    Fault("gzip that is damaged", answer(b"\x1f\x8bdamaged!", "content-encoding: gzip"), CUT, RESERVED),
+    Fault("gzip that is cut", answer(gzip.compress(WHOLE)[:-40], "content-encoding: gzip"), CUT, RESERVED),
+    Fault("gzip that blows up", answer(gzip.compress(bytes(2**26)), "content-encoding: gzip"), CUT, RESERVED),
+    Fault("another encoding", answer(b"\x0b\x02\x80{}\x03", "content-encoding: br"), 200, RESERVED),
+    stream("a stream cut before any output", streamed(cut=True), CUT, RESERVED),
+    stream("a stream cut after output", streamed(TWO_WORDS, cut=True), CUT, PROMPT + 2),
+    stream("a stream cut within an event", streamed(TWO_WORDS, b'data: {"choi', cut=True), CUT, PROMPT + 2),
+    stream("a stream cut at its finish", streamed(TWO_WORDS, event(reason="stop"), cut=True), CUT, PROMPT + 2),
+    stream(
+        "a stream cut after its usage",
+        streamed(TWO_WORDS, event(reason="stop"), event(usage=usage()), cut=True),
+        CUT,
+        USED,
+    ),
+    stream("a stream without usage", streamed(TWO_WORDS, DONE), 200, PROMPT + 2),
+    stream("a stream without output or usage", streamed(DONE), 200, RESERVED),
+    stream(
+        "a stream with garbage in between",
+        streamed(
+            b": comment\n\nnonsense\n\ndata: {not json\n\ndata:\n\n\xff\xfe\n\n",
+            TWO_WORDS,
+            event(usage=usage()),
+            DONE,
+        ),
+        200,
+        USED,
+    ),
+    stream("an event without end", streamed(b"data: " + b"x" * 2**21), 200, RESERVED),
+    *(
+        stream(
+            f"a stream's usage: {name}", streamed(TWO_WORDS, event(usage=told or "null"), DONE), 200, PROMPT + 2
+        )
+        for name, told in ODD_USAGES.items()
+    ),
+    stream(
+        "a stream that is gzip",
+        answer(
+            gzip.compress(TWO_WORDS + event(usage=usage()) + DONE),
+            "content-encoding: gzip",
+            kind="text/event-stream",
+        ),
+        200,
+        USED,
+    ),
+    stream("JSON instead of a stream", answer(WHOLE), 200, USED),
+]
+
+
+@pytest.fixture(scope="module")
+def rogue():
+    with Rogue() as rogue:
+        yield rogue
+
+
+@pytest.fixture(scope="module", params=DRIVERS)
+def faced(request, rogue, tmp_path_factory):
+    """A server of each driver that faces the rogue."""
+    with started(request.param, tmp_path_factory.mktemp("faced"), f"http://127.0.0.1:{rogue.port}/v1") as server:
+        yield server
+
+
+def started(driver, folder, url):
+    return DRIVERS[driver](
+        folder,
+        OPENAI_API_KEY=OUR_KEY,
+        OPENAI_BASE_URL=url,
+        CAP_GLOBAL="unlimited",
+        CAP_TEAM=CAPACITY,
+        RATE_TEAM=0,
+        CAP_USER=CAPACITY,
+        RATE_USER=0,
+        TOKENGUARD_READ_TIMEOUT_S="0.5",
+        TOKENGUARD_CONNECT_TIMEOUT_S="0.5",
+    )
+
+
+def call(server, user, **more):
+    """Return the answer to a call, read to its end, or ``CUT``."""
+    body = {"model": f"model-of-{user}", "messages": MESSAGES, "max_tokens": 50, **more}
+    headers = {"x-user-id": user, "x-team-id": f"team-of-{user}"}
+    try:
+        return server.post("/v1/chat/completions", json=body, headers=headers)
+    except httpx.RemoteProtocolError:
+        return CUT
+
+
+def assert_charged(server, user, charged):
+    """Assert that every bucket is where the oracle has it, once that much was settled for what was reserved."""
+    oracle = OracleTable()
+    plan = tuple((key, Terms(CAPACITY, 0, 10 * CAPACITY)) for key in (b"team", b"user"))
+    assert oracle.reserve(plan, (RESERVED,) * 2, 0).allowed
+    oracle.settle(plan, (charged - RESERVED,) * 2, 0)
+    expected = oracle.peek(plan, 0).levels
+    levels = (server.level("team", f"team-of-{user}"), server.level("user", user))
+    assert levels == expected
+    assert "tokenguard_reservations_open 0.0" in httpx.get(f"{server.url}/metrics").text
+
+
+def assert_answered(got, gets, code):
+    if gets == CUT:
+        assert got == CUT
+        return
+    assert got.status_code == gets
+    if code is not None:
+        assert got.json()["error"]["code"] == code
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.replace(" ", "_"))
+def test_fault(faced, rogue, user, fault):
+    """The caller gets what is due, every bucket is where the oracle has it, and the next call goes well."""
+    before = len(faced.log.splitlines())
+    rogue.behave = saying(fault.sent)
+    assert_answered(call(faced, user, stream=fault.stream), fault.gets, fault.code)
+    assert_charged(faced, user, fault.charged)
+    assert len(faced.log.splitlines()) - before <= 1
+    assert OUR_KEY not in faced.log
+    rogue.behave = saying(answer(WHOLE))
+    assert call(faced, f"{user}-next").content == WHOLE
+
+
+def test_error_of_the_provider_passes_whole(faced, rogue, user):
+    """Status, body and fields pass; a redirect's target and cookies do not."""
+    fields = ("retry-after: 7", "x-odd: \xe9", "location: http://elsewhere/", "set-cookie: a=b", "server: them")
+    rogue.behave = saying(answer(b'{"error":{}}', *fields, status="429 No"))
+    got = call(faced, user)
+    assert (got.status_code, got.content, got.headers["retry-after"]) == (429, b'{"error":{}}', "7")
+    assert got.headers["x-odd"] == "\xe9"
+    assert not {"location", "set-cookie"} & set(got.headers)
+    assert got.headers.get("server") != "them"
+
+
+def test_provider_that_is_slow_to_answer(faced, rogue, user):
+    """After the read time-out the caller gets a 504, and what was reserved stays spent."""
+    rogue.behave = lambda connection: connection.recv(1)
+    assert_answered(call(faced, user), 504, "upstream_timeout")
+    assert_charged(faced, user, RESERVED)
+
+
+def test_provider_that_falls_silent_within_a_stream(faced, rogue, user):
+    """After the read time-out the stream breaks off, and what was streamed is charged."""
+
+    def behave(connection):
+        connection.sendall(streamed(event("one"), cut=True))
+        connection.recv(1)
+
+    rogue.behave = behave
+    assert call(faced, user, stream=True) == CUT
+    assert_charged(faced, user, PROMPT + 1)
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["JSON", "stream"])
+def test_answer_of_100_mb_passes_in_bounded_memory(faced, rogue, user, streams):
+    """An answer of any size passes, is not kept, and is charged by its usage if that can be seen."""
+    word = event("x" * 10_000)
+
+    def behave(connection):
+        pieces = repeat(word, 10_000) if streams else repeat(b" " * 10_000, 10_000)
+        connection.sendall(EVENTS if streams else head("transfer-encoding: chunked"))
+        for piece in pieces:
+            connection.sendall(chunk(piece))
+        connection.sendall(chunk(event(usage=usage()) + DONE if streams else WHOLE) + LAST)
+
+    rogue.behave = behave
+    before = memory(faced)
+    body = {"model": f"model-of-{user}", "messages": MESSAGES, "max_tokens": 50, "stream": streams}
+    headers = {"x-user-id": user, "x-team-id": f"team-of-{user}"}
+    with httpx.stream("POST", f"{faced.url}/v1/chat/completions", json=body, headers=headers, timeout=30) as got:
+        size = sum(len(piece) for piece in got.iter_raw())
+    assert size > 10**8
+    assert memory(faced) - before < 60 * 10**6
+    assert_charged(faced, user, USED if streams else RESERVED)
+
+
+def memory(server):
+    """Return the bytes that the serving process occupies."""
+    return float(re.search(r"\nprocess_resident_memory_bytes (\S+)", httpx.get(f"{server.url}/metrics").text)[1])
+
+
+# --- no connection ------------------------------------------------------------------------------------------
+
+
+def full_queue():
+    """Return sockets of which the first lets nobody in any more."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(0)
+    waiting = []
+    for _ in range(4):
+        connection = socket.socket()
+        connection.setblocking(False)
+        connection.connect_ex(listening.getsockname())
+        waiting.append(connection)
+    return [listening, *waiting]
+
+
+@pytest.fixture(scope="module")
+def addresses():
+    """Addresses where no connection comes about, by what is wrong."""
+    authority = trustme.CA()
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    full = full_queue()
+    with Rogue(tls) as stranger, Rogue() as plain, socket.create_server(("127.0.0.1", 0)) as nobody:
+        plain.behave = saying(answer(b"", status="400 Speak HTTP"))
+        gone = nobody.getsockname()[1]
+        nobody.close()
+        yield {
+            "refused": (f"http://127.0.0.1:{gone}/v1", 502, BROKEN),
+            "no such name": ("http://nobody.invalid/v1", 502, BROKEN),
+            "a certificate that nobody vouches for": (f"https://127.0.0.1:{stranger.port}/v1", 502, BROKEN),
+            "no TLS": (f"https://127.0.0.1:{plain.port}/v1", 502, BROKEN),
+            "slow to connect": (f"http://127.0.0.1:{full[0].getsockname()[1]}/v1", 504, "upstream_timeout"),
+        }
+    for connection in full:
+        connection.close()
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize(
+    "fault", ["refused", "no such name", "a certificate that nobody vouches for", "no TLS", "slow to connect"]
+)
+def test_no_connection(driver, fault, addresses, tmp_path, user):
+    """Where no connection comes about, the caller hears of it and gets all tokens back."""
+    url, status, code = addresses[fault]
+    with started(driver, tmp_path, url) as server:
+        assert_answered(call(server, user), status, code)
+        assert_charged(server, user, 0)
+        assert server.log.count("the provider could not be reached") == 1
+        assert OUR_KEY not in server.log
