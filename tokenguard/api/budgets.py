@@ -101,6 +101,6 @@ def _limit(value: str | None) -> int:
 
 def _after(value: str | None) -> bytes:
     try:
-        return base64.urlsafe_b64decode(value or "")
+        return base64.b64decode(value or "", b"-_", validate=True)
     except (binascii.Error, ValueError):
         raise InvalidRequest("after", f"after must be what a page gave as after, got {value!r}") from None
