@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import OUR_KEY, environment, running
+from tests.e2e.conftest import DRIVERS, OUR_KEY, environment, running
 from tests.e2e.fake_openai import EVENTS, delta, event, in_two_parts
 
 MESSAGES = [{"role": "user", "content": "Say hello"}]
@@ -170,12 +170,13 @@ def test_provider_that_takes_too_long_stays_charged(tmp_path, fake, upstream_url
         assert server.level("user", user) == 1000 - 9 - 50
 
 
-def test_stopping_lets_running_streams_end(tmp_path, fake, upstream_url, upstream_loop, user):
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_stopping_lets_running_streams_end(driver, tmp_path, fake, upstream_url, upstream_loop, user):
     """SIGTERM waits for a stream that is under way, which its caller receives whole; the exit code is 0."""
     stopping = asyncio.Event()
 
     fake.script = in_two_parts("one", "two", stopping)
-    with running(tmp_path, "serve", OPENAI_API_KEY=OUR_KEY, OPENAI_BASE_URL=upstream_url) as server:
+    with DRIVERS[driver](tmp_path, OPENAI_API_KEY=OUR_KEY, OPENAI_BASE_URL=upstream_url) as server:
         stream = server.client(user).chat.completions.create(model="m", messages=MESSAGES, stream=True)
         assert next(stream).choices[0].delta.content == "one"
         server.process.terminate()
