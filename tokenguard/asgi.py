@@ -33,7 +33,7 @@ def create_app(
     app: falcon.asgi.App[Any, Any] = falcon.asgi.App(request_type=GuardedRequest)
     house.furnish(app, over_asgi, ChatCompletions(house.guard, upstream), Models(upstream, house.terms))
     app.add_middleware(Lifespan(upstream))
-    return GuardedApp(app, house.config.caller_timeout_s)
+    return GuardedApp(app, house.guard)
 
 
 class Lifespan:

@@ -100,8 +100,8 @@ def test_stalled_readers_do_not_starve_others(tmp_path, fake, upstream_url, endl
         assert quiet(server)["tokenguard_reservations_open"] == 0
 
 
-@pytest.mark.parametrize("sent", [0, 10])
-def test_half_a_body_is_answered_408_and_costs_nothing(tmp_path, fake, upstream_url, user, sent):
+@pytest.mark.parametrize(("sent", "route"), [(0, "other"), (10, "/v1/chat/completions")])
+def test_half_a_body_is_answered_408_and_costs_nothing(tmp_path, fake, upstream_url, user, sent, route):
     """A body that does not come to its end in time is refused, be it that nothing or something of it came."""
     with (
         serving(tmp_path, upstream_url, TOKENGUARD_CALLER_TIMEOUT_S="0.3") as server,
@@ -116,6 +116,7 @@ def test_half_a_body_is_answered_408_and_costs_nothing(tmp_path, fake, upstream_
         assert server.level("user", user) == CAPACITY
         assert fake.received == []
         assert quiet(server)["tokenguard_reservations_open"] == 0
+        assert series(server)[f'tokenguard_requests_total{{route="{route}",status="408"}}'] == 1
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

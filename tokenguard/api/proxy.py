@@ -242,23 +242,23 @@ class GuardedApp:
 
     Args:
         app: The app inside.
-        caller_timeout_s: How long a caller may take to send the next piece of a body.
+        guard: How long a caller may take to send the next piece of a body, and who counts.
     """
 
-    def __init__(self, app: Asgi, caller_timeout_s: float) -> None:
+    def __init__(self, app: Asgi, guard: Guard) -> None:
         self._app = app
-        self._caller_timeout_s = caller_timeout_s
+        self._guard = guard
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         try:
-            await self._app(scope, Incoming(receive, self._caller_timeout_s), send)
+            await self._app(scope, Incoming(receive, self._guard.caller_timeout_s), send)
         except (ConnectionCut, CallerGone):
             pass  # the server closes a connection whose answer was not completed
         except BodyTimeout as error:  # nothing at all came of the body, so that no resource was asked
-            await _send(scope, send, refusal.error_answer(error))
+            await self._send(scope, send, refusal.error_answer(error))
         except asyncio.CancelledError:
             await self._cancelled(scope, send)
         finally:
@@ -274,14 +274,15 @@ class GuardedApp:
             _log.warning("%s; its connection was closed (request %s)", account.failure, account.request_id)
             return
         with suppress(RuntimeError):  # an answer had begun: that one is cut
-            await _send(scope, send, refusal.stopping())
+            await self._send(scope, send, refusal.stopping())
 
-
-async def _send(scope: dict[str, Any], send: Send, answer: Answer) -> None:
-    call: AsgiCall | None = scope.get(CALL)
-    request_id = request_id_of(scope["headers"]) if call is None else call.account.request_id
-    if call is not None:
-        call.account.status = answer.status
-    own = [(REQUEST_ID, request_id.encode()), (b"content-length", b"%d" % len(answer.body))]
-    await send({"type": "http.response.start", "status": answer.status, "headers": [*answer.headers, *own]})
-    await send({"type": "http.response.body", "body": answer.body})
+    async def _send(self, scope: dict[str, Any], send: Send, answer: Answer) -> None:
+        """Answer what no resource has answered."""
+        call: AsgiCall | None = scope.get(CALL)
+        request_id = request_id_of(scope["headers"]) if call is None else call.account.request_id
+        own = [(REQUEST_ID, request_id.encode()), (b"content-length", b"%d" % len(answer.body))]
+        await send({"type": "http.response.start", "status": answer.status, "headers": [*answer.headers, *own]})
+        self._guard.metrics.answered(None, answer.status)
+        if call is not None:
+            call.account.status = answer.status
+        await send({"type": "http.response.body", "body": answer.body})
