@@ -51,9 +51,9 @@ def test_sdist_holds_the_source_of_the_core_and_no_c(sdist):
 
 
 def test_wheel_holds_the_compiled_core_its_stub_and_no_source(wheel):
-    """Type checkers find the marker and the stub; nothing is left to compile."""
+    """Type checkers find the marker and the stub, the server its description; nothing is left to compile."""
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"tokenguard/py.typed", "tokenguard/_bucket.pyi"} <= names
+    assert {"tokenguard/py.typed", "tokenguard/_bucket.pyi", "tokenguard/api/openapi.json"} <= names
     assert f"tokenguard/_bucket{sysconfig.get_config_var('EXT_SUFFIX')}" in names
     assert not {name for name in names if name.endswith((".c", ".pyx"))}
 
