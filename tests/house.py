@@ -10,6 +10,7 @@ from tokenguard import arithmetic
 from tokenguard._bucket import BucketTable
 from tokenguard.backends.memory import MemoryBackend
 from tokenguard.budgets import Budgets
+from tokenguard.exchange import Settlement
 from tokenguard.limiter import Limiter, Reservation
 from tokenguard.model import GLOBAL, GLOBAL_ID, BucketName, Budget, Identity, Meter, Scale, Scope
 from tokenguard.plan import Plans
@@ -63,6 +64,13 @@ class House:
         reserved = self.reserve(tokens, **asked)
         assert isinstance(reserved, Reservation), reserved
         return reserved
+
+    def carry_out(self, settlement: Settlement) -> None:
+        """Do with a reservation what an exchange says."""
+        if settlement.tokens is None:
+            settlement.keep()
+        else:
+            settlement.settled(self.limiter.settle(settlement.reservation, settlement.tokens))
 
     def levels(self, who: Identity = ALICE, model: str = MODEL, now_us: int = NOW_US) -> dict[str, int]:
         """Return the level of every bucket on a caller's path, by the bucket's name."""

@@ -7,7 +7,7 @@ Source: docs/decisions/001-exact-integers.md and 002-one-table.md
 """
 
 from collections.abc import Iterable
-from typing import Final, final
+from typing import Any, Final, final
 
 MAX_PLAN: Final[int]
 """The most buckets that one plan may have: 32."""
@@ -49,6 +49,9 @@ class Outcome:
         Exactly then it passes, and not 1 µs earlier, if nobody else is admitted meanwhile.
         """
 
+    handle: Any
+    """What a reservation is settled with: the handle it was made with, unless a backend puts one of its own."""
+
     def level(self, i: int) -> int:
         """Return what is in the bucket, in whole tokens, rounded down; negative is debt."""
 
@@ -62,6 +65,23 @@ class Outcome:
         """Return how long until the bucket is full: 0 if it is, 10^15 if it never will be."""
 
     def __len__(self) -> int: ...
+
+def outcome_of(
+    handle: Handle, costs: tuple[int, ...] | None, allowed: bool, told: list[int], at: int, now_us: int
+) -> Outcome:
+    """Return what another engine's ``reserve`` or ``peek`` comes to, of what that engine tells.
+
+    Args:
+        handle: The plan, of any table.
+        costs: One for each bucket; None for a peek.
+        allowed: What the engine decided.
+        told: Integers, among which are, for each bucket, its level in units and its tick.
+        at: Where these begin.
+        now_us: When it was.
+
+    Raises:
+        ValueError: There are too few integers, or not as many costs as buckets.
+    """
 
 @final
 class BucketTable:

@@ -433,7 +433,8 @@ cdef class Handle:
 
 
 cdef class Outcome:
-    cdef Handle handle
+    cdef Handle plan
+    cdef public object handle
     cdef Bucket *seen
     cdef int64_t now_us
     cdef readonly bint allowed
@@ -443,14 +444,14 @@ cdef class Outcome:
         PyMem_Free(self.seen)
 
     cdef int check(self, int i) except -1:
-        if self.handle is None:
+        if self.plan is None:
             raise TypeError("an Outcome is made by a table")
-        if not 0 <= i < self.handle.count:
-            raise IndexError(f"bucket must be between 0 and {self.handle.count - 1}, got {i}")
+        if not 0 <= i < self.plan.count:
+            raise IndexError(f"bucket must be between 0 and {self.plan.count - 1}, got {i}")
         return 0
 
     def __len__(self):
-        return 0 if self.handle is None else self.handle.count
+        return 0 if self.plan is None else self.plan.count
 
     @property
     def retry_after_us(self):
@@ -458,7 +459,7 @@ cdef class Outcome:
 
     def level(self, int i):
         self.check(i)
-        return floor_div(self.seen[i].level, self.handle.entries[i].want.unit)
+        return floor_div(self.seen[i].level, self.plan.entries[i].want.unit)
 
     def cost(self, int i):
         self.check(i)
@@ -471,7 +472,7 @@ cdef class Outcome:
     def full_in_us(self, int i):
         cdef Slot s
         self.check(i)
-        s = self.handle.entries[i].want
+        s = self.plan.entries[i].want
         s.tick = self.seen[i].tick
         return time_us(&s, s.capacity * s.unit - self.seen[i].level, self.now_us)
 
@@ -482,12 +483,37 @@ cdef class Outcome:
 
 cdef Outcome new_outcome(Handle handle):
     cdef Outcome o = Outcome.__new__(Outcome)
-    o.handle = handle
+    o.plan = o.handle = handle
     o.seen = <Bucket *>PyMem_Malloc(handle.count * sizeof(Bucket))
     if o.seen == NULL:
         raise MemoryError
     o.allowed = True
     o.binding = -1
+    return o
+
+
+def outcome_of(Handle handle not None, tuple costs, bint allowed, list told not None, Py_ssize_t at, now_us):
+    cdef Outcome o = new_outcome(handle)
+    cdef Bucket *seen
+    cdef Slot s
+    cdef int64_t longest = 0
+    cdef int i
+    if at < 0 or at + 2 * handle.count > len(told):
+        raise ValueError(f"{2 * handle.count} integers from {at} on are asked for, there are {len(told)}")
+    if costs is not None and len(costs) != handle.count:
+        raise ValueError(f"the plan has {handle.count} buckets, got {len(costs)} costs")
+    o.now_us = PyLong_AsLongLong(now_us)
+    o.allowed = allowed
+    for i in range(handle.count):
+        seen = &o.seen[i]
+        s = handle.entries[i].want
+        s.level = seen.level = PyLong_AsLongLong(told[at + 2 * i])
+        s.tick = seen.tick = PyLong_AsLongLong(told[at + 2 * i + 1])
+        seen.cost = 0 if costs is None else PyLong_AsLongLong(costs[i])
+        seen.wait_us = 0 if allowed else wait_us(&s, seen.cost, o.now_us)
+        if seen.wait_us > longest:
+            longest = seen.wait_us
+            o.binding = i
     return o
 
 

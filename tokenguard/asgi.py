@@ -32,16 +32,22 @@ def create_app(
     upstream = upstream or HttpxUpstream(provider(house.config))
     app: falcon.asgi.App[Any, Any] = falcon.asgi.App(request_type=GuardedRequest)
     house.furnish(app, over_asgi, ChatCompletions(house.guard, upstream), Models(upstream, house.terms))
-    app.add_middleware(Lifespan(upstream))
+    app.add_middleware(Lifespan(upstream, house.backend))
     return GuardedApp(app, house.guard)
 
 
 class Lifespan:
-    """Closes the connections to the provider when the server stops."""
+    """Opens and closes what is beyond this process: the connections to the provider, and to the buckets."""
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: Upstream, backend: Backend) -> None:
         self._upstream = upstream
+        self._backend = backend
+
+    async def process_startup(self, scope: Mapping[str, Any], event: Mapping[str, Any]) -> None:
+        """Open."""
+        await self._backend.start()
 
     async def process_shutdown(self, scope: Mapping[str, Any], event: Mapping[str, Any]) -> None:
-        """Close them."""
+        """Close."""
         await self._upstream.close()
+        await self._backend.stop()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tokenguard import arithmetic
+from tokenguard._bucket import MAX_PLAN
 from tokenguard.backends import Backend
 from tokenguard.errors import BudgetNotFound, InvalidRequest
 from tokenguard.jsontext import shown, whole_number
@@ -36,9 +38,13 @@ class Budgets:
     Args:
         backend: Where the budgets live.
         plans: What knows the defaults.
+
+    Attributes:
+        waits: Whether the backend waits for somebody else, so that an event loop must not run these.
     """
 
     def __init__(self, backend: Backend, plans: Plans) -> None:
+        self.waits = backend.waits
         self._backend = backend
         self._plans = plans
 
@@ -47,6 +53,7 @@ class Budgets:
 
         Raises:
             TableFull: A level was given and there is no room for a bucket; nothing was changed.
+            BackendDown: The budgets cannot be reached; it may be set or not.
         """
         self._backend.put(budget, level, now_us)
         return self._state(budget, explicit=True, now_us=now_us)
@@ -56,7 +63,9 @@ class Budgets:
 
         Raises:
             BudgetNotFound: Neither is there: it is unlimited.
+            BackendDown: The budgets cannot be reached.
         """
+        self._backend.refresh()
         for budget in self._backend.on(name.scope):
             if budget.name == name:
                 return self._state(budget, explicit=True, now_us=now_us)
@@ -69,6 +78,7 @@ class Budgets:
 
         Raises:
             BudgetNotFound: There is no explicit one.
+            BackendDown: The budgets cannot be reached; it may be removed or not.
         """
         default = self._plans.default(name)
         self._backend.drop(name, default, now_us)
@@ -81,14 +91,25 @@ class Budgets:
             after: The key behind which to begin; empty for the first page.
             limit: How many at most.
             now_us: The time.
+
+        Raises:
+            BackendDown: The budgets cannot be reached.
         """
+        self._backend.refresh()
         budgets = [budget for budget in self._backend.budgets() if budget.name.key > after]
-        page = [self._state(budget, explicit=True, now_us=now_us) for budget in budgets[:limit]]
+        page: list[BudgetState] = []
+        for at in range(0, min(limit, len(budgets)), MAX_PLAN):
+            page += self._states(budgets[at : min(limit, at + MAX_PLAN)], now_us)
         return page, budgets[limit - 1].name.key if len(budgets) > limit else None
 
     def _state(self, budget: Budget, *, explicit: bool, now_us: int | None) -> BudgetState:
-        handle = self._backend.prepare([budget])
-        return BudgetState(budget, explicit, self._backend.peek(handle, now_us).level(0))
+        (state,) = self._states([budget], now_us)
+        return state._replace(explicit=explicit)
+
+    def _states(self, budgets: Sequence[Budget], now_us: int | None) -> list[BudgetState]:
+        """Return explicit budgets, no more than go into one plan, with their levels."""
+        seen = self._backend.peek(self._backend.prepare(budgets), now_us)
+        return [BudgetState(budget, True, seen.level(i)) for i, budget in enumerate(budgets)]
 
 
 def read_budget(members: dict[str, Any]) -> tuple[Budget, int | None]:

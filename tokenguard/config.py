@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from urllib.parse import urlsplit
 
 from tokenguard import arithmetic
 from tokenguard._bucket import MAX_BUCKETS
+from tokenguard.backends.redis_url import RedisUrl, read_redis_url
 from tokenguard.errors import InvalidSetting, InvalidValue
 from tokenguard.model import SCOPE_KINDS, Scale
 
@@ -34,6 +36,11 @@ class Config:
         defaults: For each kind of scope the tokens that an id without a budget of its own gets.
         admin_token: What opens the admin endpoints; None opens them to peers nearby.
         admin_allow: Where such peers may be.
+        redis: Where buckets and budgets are shared; None keeps them in this process.
+        realm: The name of what is shared there.
+        redis_timeout_s: How long a call may wait for Redis.
+        redis_down: What decides while Redis is down: ``closed``, ``share`` or ``open``.
+        nodes: How many nodes share a budget while Redis is down; given where ``redis_down`` is ``share``.
         buckets: How many buckets the table holds.
         max_body_bytes: The longest body that is read.
         connect_timeout_s: For a connection to the provider.
@@ -50,6 +57,9 @@ class Config:
     openai_base_url: str
     defaults: Mapping[str, Scale]
     admin_allow: tuple[Network, ...]
+    realm: str
+    redis_timeout_s: float
+    redis_down: str
     buckets: int
     max_body_bytes: int
     connect_timeout_s: float
@@ -65,6 +75,8 @@ class Config:
     openai_organization: str | None = None
     openai_project: str | None = None
     admin_token: str | None = field(default=None, repr=False)
+    redis: RedisUrl | None = None
+    nodes: int | None = None
 
 
 def _text(value: str) -> str:
@@ -117,9 +129,18 @@ def _switch(value: str) -> bool:
     return value == "on"
 
 
-def _log_format(value: str) -> str:
-    if value not in ("text", "json"):
-        raise ValueError("text or json")
+def _one_of(*allowed: str) -> Callable[[str], str]:
+    def read(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(f"{', '.join(allowed[:-1])} or {allowed[-1]}")
+        return value
+
+    return read
+
+
+def _realm(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", value):
+        raise ValueError("1 to 64 letters, digits, dots, dashes and underscores")
     return value
 
 
@@ -168,7 +189,7 @@ SETTINGS: dict[str, Setting] = {
     "OPENAI_BASE_URL": Setting(_url, "https://api.openai.com/v1"),
     "OPENAI_ORG_ID": Setting(_text),
     "OPENAI_PROJECT_ID": Setting(_text),
-    "REDIS_URL": Setting(_secret, secret=True),
+    "REDIS_URL": Setting(read_redis_url, secret=True),
     "CAP_GLOBAL": Setting(_capacity, "10000"),
     "RATE_GLOBAL": Setting(_rate, "50"),
     "CAP_TEAM": Setting(_capacity, "5000"),
@@ -181,6 +202,10 @@ SETTINGS: dict[str, Setting] = {
     "RATE_USER": Setting(_rate, "5"),
     "TOKENGUARD_ADMIN_TOKEN": Setting(_secret, secret=True),
     "TOKENGUARD_ADMIN_ALLOW": Setting(_networks, "127.0.0.0/8,::1/128"),
+    "TOKENGUARD_REALM": Setting(_realm, "default"),
+    "TOKENGUARD_REDIS_TIMEOUT_S": Setting(_seconds, "1"),
+    "TOKENGUARD_REDIS_DOWN": Setting(_one_of("closed", "share", "open"), "closed"),
+    "TOKENGUARD_NODES": Setting(_whole(1, 10_000)),
     "TOKENGUARD_BUCKETS": Setting(_whole(1, MAX_BUCKETS), "500000"),
     "TOKENGUARD_MAX_BODY_BYTES": Setting(_whole(1, 2**30), str(20 * 2**20)),
     "TOKENGUARD_CONNECT_TIMEOUT_S": Setting(_seconds, "5"),
@@ -191,7 +216,7 @@ SETTINGS: dict[str, Setting] = {
     "TOKENGUARD_SHUTDOWN_TIMEOUT_S": Setting(_whole(0, 86_400), "30"),
     "TOKENGUARD_ASK_FOR_USAGE": Setting(_switch, "on"),
     "TOKENGUARD_LOG_CALLS": Setting(_switch, "off"),
-    "TOKENGUARD_LOG_FORMAT": Setting(_log_format, "text"),
+    "TOKENGUARD_LOG_FORMAT": Setting(_one_of("text", "json"), "text"),
 }
 """Every setting. An empty value is as good as none."""
 
@@ -204,11 +229,11 @@ def read_config(environ: Mapping[str, str]) -> Config:
     """
     _check_names(environ)
     values = {name: _read(environ, name) for name in SETTINGS}
-    if values["REDIS_URL"] is not None:
+    if values["TOKENGUARD_REDIS_DOWN"] == "share" and values["TOKENGUARD_NODES"] is None:
         raise InvalidSetting(
-            "REDIS_URL",
-            "REDIS_URL is set, but this version keeps its buckets in memory only; unset it to go on without "
-            "sharing them between nodes",
+            "TOKENGUARD_NODES",
+            "TOKENGUARD_NODES must be set where TOKENGUARD_REDIS_DOWN is share: how many nodes share "
+            "a budget while Redis is down; got nothing",
         )
     return Config(
         openai_api_key=values["OPENAI_API_KEY"],
@@ -218,6 +243,11 @@ def read_config(environ: Mapping[str, str]) -> Config:
         defaults=_defaults(values, [name for name in environ if environ[name].strip()]),
         admin_token=values["TOKENGUARD_ADMIN_TOKEN"],
         admin_allow=values["TOKENGUARD_ADMIN_ALLOW"],
+        redis=values["REDIS_URL"],
+        realm=values["TOKENGUARD_REALM"],
+        redis_timeout_s=values["TOKENGUARD_REDIS_TIMEOUT_S"],
+        redis_down=values["TOKENGUARD_REDIS_DOWN"],
+        nodes=values["TOKENGUARD_NODES"],
         buckets=values["TOKENGUARD_BUCKETS"],
         max_body_bytes=values["TOKENGUARD_MAX_BODY_BYTES"],
         connect_timeout_s=values["TOKENGUARD_CONNECT_TIMEOUT_S"],

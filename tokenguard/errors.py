@@ -52,6 +52,10 @@ class TableBusy(TokenGuardError):
     """The table's lock was not free within the time allowed for a wait."""
 
 
+class BackendDown(TokenGuardError):
+    """The place where buckets are shared cannot be reached, and nothing else may decide in its stead."""
+
+
 class AlreadySettled(TokenGuardError):
     """The reservation has been settled or refunded before; nothing was changed."""
 

@@ -25,7 +25,7 @@ from tokenguard import refusal
 from tokenguard.account import Account, Outcome
 from tokenguard.errors import InvalidRequest, InvalidValue, TokenGuardError, UpstreamError
 from tokenguard.estimate import Estimate, Estimator
-from tokenguard.limiter import Limiter, Reservation
+from tokenguard.limiter import Reservation
 from tokenguard.model import Answer, Decision, Head, Headers, Identity, UpstreamRequest, Usage, checked_name
 from tokenguard.providers.openai import CHAT_PATH, ChatRequest, EventStream, JsonAnswer, read_chat
 
@@ -89,21 +89,15 @@ class Settlement:
     tokens: int | None
     learn: Callable[[], None] | None = None
 
-    def apply(self, limiter: Limiter) -> None:
-        """Carry it out, and enter it into the account.
-
-        Raises:
-            TableBusy: The buckets were not to be had; nothing was changed, and it can be tried again.
-        """
-        if self.tokens is None:
-            return self.keep()
-        self.account.forgiven = limiter.settle(self.reservation, self.tokens)
-        self.account.charged = self.tokens
-        self.account.outcome = Outcome.SETTLED if self.tokens else Outcome.REFUNDED
+    def settled(self, forgiven: int) -> None:
+        """Enter into the account that the reservation has been settled at ``tokens``."""
+        tokens = self.tokens or 0
+        self.account.forgiven = forgiven
+        self.account.charged = tokens
+        self.account.outcome = Outcome.SETTLED if tokens else Outcome.REFUNDED
         if self.learn is not None:
             self.account.usage_told = True
             self.learn()
-        return None
 
     def keep(self) -> None:
         """Leave all of it spent, whatever else was meant to become of it."""

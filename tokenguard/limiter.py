@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from tokenguard._bucket import Outcome
-from tokenguard.backends import Backend
+from tokenguard.backends import Backend, Handle
 from tokenguard.errors import AlreadySettled, StaleHandle, TableBusy
 from tokenguard.model import BucketState, Decision, Identity
 from tokenguard.plan import Plan, Plans
@@ -44,6 +46,18 @@ class Reservation:
         except AttributeError:
             raise AlreadySettled("the reservation has been settled or refunded before") from None
 
+    def close_at(self, tokens: int) -> tuple[Handle, tuple[int, ...]]:
+        """Mark it as dealt with; return how to settle it at what the call took: the handle and the deltas.
+
+        Raises:
+            AlreadySettled: It has been before.
+            ValueError: ``tokens`` is negative.
+        """
+        if tokens < 0:
+            raise ValueError(f"tokens must be at least 0, got {tokens}")
+        self.close()
+        return self._outcome.handle, self.plan.deltas(self.costs, tokens)
+
     def reopen(self) -> None:
         """Take back ``close``, for nothing came of it."""
         self._open = True
@@ -55,9 +69,13 @@ class Limiter:
     Args:
         backend: Where the buckets live.
         plans: What a call must pass.
+
+    Attributes:
+        waits: Whether the backend waits for somebody else: then an event loop must use what ends in ``_soon``.
     """
 
     def __init__(self, backend: Backend, plans: Plans) -> None:
+        self.waits = backend.waits
         self._backend = backend
         self._plans = plans
 
@@ -80,12 +98,30 @@ class Limiter:
             TableFull: There is no room for a new bucket; nothing was charged.
             TableBusy: The table's lock was not to be had; nothing was charged.
             StaleHandle: Budgets changed faster than the plan could be resolved; nothing was charged.
+            BackendDown: The buckets cannot be reached.
         """
         for tries_left in reversed(range(_TRIES)):
             plan = self._plans.resolve(identity, model)
             costs = plan.costs(prompt, total)
             try:
                 outcome = self._backend.reserve(plan.handle, costs, now_us)
+            except StaleHandle:
+                self._plans.forget()
+                if not tries_left:
+                    raise
+            else:
+                break
+        return Reservation(plan, costs, outcome) if outcome.allowed else _decision(plan, outcome)
+
+    async def reserve_soon(
+        self, identity: Identity, model: str, prompt: int, total: int, now_us: int | None = None
+    ) -> Reservation | Decision:
+        """Do what ``reserve`` does, without holding up an event loop; if it is cancelled, nothing is taken."""
+        for tries_left in reversed(range(_TRIES)):
+            plan = self._plans.resolve(identity, model)
+            costs = plan.costs(prompt, total)
+            try:
+                outcome = await self._backend.reserve_soon(plan.handle, costs, now_us)
             except StaleHandle:
                 self._plans.forget()
                 if not tries_left:
@@ -110,15 +146,16 @@ class Limiter:
             TableBusy: The table's lock was not to be had; nothing was changed, and it can be tried again.
             ValueError: ``tokens`` is negative; nothing was changed.
         """
-        if tokens < 0:
-            raise ValueError(f"tokens must be at least 0, got {tokens}")
-        reservation.close()
-        plan = reservation.plan
+        handle, deltas = reservation.close_at(tokens)
         try:
-            return self._backend.settle(plan.handle, plan.deltas(reservation.costs, tokens), now_us)
+            return self._backend.settle(handle, deltas, now_us)
         except TableBusy:
             reservation.reopen()
             raise
+
+    def settle_soon(self, reservation: Reservation, tokens: int, now_us: int | None = None) -> asyncio.Future[int]:
+        """Do what ``settle`` does, without holding up an event loop, whether anybody waits for it or not."""
+        return self._backend.settle_soon(*reservation.close_at(tokens), now_us)
 
     def refund(self, reservation: Reservation, now_us: int | None = None) -> None:
         """Give all tokens back; the request stays counted.

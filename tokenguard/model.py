@@ -89,6 +89,12 @@ class BucketName(NamedTuple):
         """The name as bytes, the same in every backend."""
         return SEPARATOR.join((self.scope.kind, self.scope.id, self.meter, self.model or "")).encode()
 
+    @classmethod
+    def from_key(cls, key: bytes) -> BucketName:
+        """Return the name that has a key."""
+        kind, scope_id, meter, model = key.decode().split(SEPARATOR)
+        return cls(Scope(kind, scope_id), Meter(meter), model or None)
+
     def __str__(self) -> str:
         return f"{self.scope} on {self.meter}" + (f" of {self.model}" if self.model else "")
 

@@ -20,6 +20,7 @@ from tokenguard.api.openapi import Description
 from tokenguard.api.wire import Resource, Tracing, add_error_handlers
 from tokenguard.backends import Backend
 from tokenguard.backends.memory import MemoryBackend
+from tokenguard.backends.outage import Closed, Open, Policy, Share
 from tokenguard.budgets import Budgets
 from tokenguard.config import Config, read_config
 from tokenguard.errors import InvalidSetting
@@ -45,9 +46,19 @@ def environment() -> Mapping[str, str]:
     return {**{name: value for name, value in written.items() if value is not None}, **os.environ}
 
 
-def buckets(config: Config) -> MemoryBackend:
+def buckets(config: Config) -> Backend:
     """Return the backend that the configuration names."""
-    return MemoryBackend(BucketTable(config.buckets))
+    table = BucketTable(config.buckets)
+    if config.redis is None:
+        return MemoryBackend(table)
+    from tokenguard.backends.redis import RedisBackend  # whoever has none need not load it
+
+    policy: Policy = Closed()
+    if config.redis_down == "open":
+        policy = Open(table)
+    elif config.redis_down == "share" and config.nodes is not None:
+        policy = Share(table, config.nodes)
+    return RedisBackend(config.redis, config.realm, policy, table, config.redis_timeout_s)
 
 
 def provider(config: Config) -> Hop:
@@ -80,6 +91,7 @@ class House:
 
     Attributes:
         config: The configuration.
+        backend: Where the buckets live.
         guard: Guards calls.
         terms: What is the same for all exchanges.
 
@@ -90,7 +102,7 @@ class House:
     def __init__(self, config: Config | None, backend: Backend | None) -> None:
         self.config = config = config or read_config(environment())
         logs.set_up(as_json=config.log_json)
-        self._backend = backend = backend or buckets(config)
+        self.backend = backend = backend or buckets(config)
         self._plans = Plans(backend, config.defaults)
         self._metrics = Metrics(backend)
         self.terms = Terms(_credentials(config), Estimator(), config.ask_for_usage)
@@ -120,12 +132,12 @@ class House:
         app.add_route("/v1/chat/completions", chat)
         app.add_route("/v1/models", models)
         app.add_route("/v1/models/{model:path}", models)
-        budgets = Budgets(self._backend, self._plans)
+        budgets = Budgets(self.backend, self._plans)
         one = over(OneBudget(budgets))
         app.add_route("/config/budget", over(BudgetList(budgets)))
         app.add_route("/config/budget/{scope}", one)
         app.add_route("/config/budget/{scope}/{scope_id:path}", one)
-        app.add_route("/", over(Health(self._backend)))
+        app.add_route("/", over(Health(self.backend)))
         app.add_route("/metrics", over(Exposition(self._metrics)))
         app.add_route("/openapi.json", over(Description()))
 

@@ -84,7 +84,7 @@ def test_any_object_is_a_call_or_a_refusal(members):
         )
     else:
         assert request.body == body
-    exchange.abort().settlement.apply(house.limiter)
+    house.carry_out(exchange.abort().settlement)
     assert exchange.account.charged == asked.total
 
 

@@ -76,7 +76,7 @@ class Call:
     def settle(self, end):
         """Carry out what an end says, as a driver does."""
         if end.settlement is not None:
-            end.settlement.apply(self.house.limiter)
+            self.house.carry_out(end.settlement)
         return end
 
     @property

@@ -26,6 +26,7 @@ class BudgetList(AdminResource):
     max_body_bytes = 16_384
 
     def __init__(self, budgets: Budgets) -> None:
+        self.waits = budgets.waits
         self._budgets = budgets
 
     def on_post(self, req: Request, resp: Response) -> None:
@@ -50,6 +51,7 @@ class OneBudget(AdminResource):
     """
 
     def __init__(self, budgets: Budgets) -> None:
+        self.waits = budgets.waits
         self._budgets = budgets
 
     def on_get(self, req: Request, resp: Response, scope: str, scope_id: str | None = None) -> None:

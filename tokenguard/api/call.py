@@ -11,9 +11,9 @@ from urllib.parse import quote
 from tokenguard.account import Account
 from tokenguard.errors import InvalidRequest, TableBusy, UpstreamError
 from tokenguard.exchange import End, Exchange, Settlement, Terms
-from tokenguard.limiter import Limiter
+from tokenguard.limiter import Limiter, Reservation
 from tokenguard.metrics import Metrics
-from tokenguard.model import Answer, Head, Headers, UpstreamRequest, checked_name
+from tokenguard.model import Answer, Decision, Head, Headers, UpstreamRequest, checked_name
 
 CALL = "tokenguard.call"
 """Where in the ASGI scope, or in the WSGI environment, a request's call is."""
@@ -68,9 +68,11 @@ class Call:
     def begin(self, headers: Headers, body: bytes) -> UpstreamRequest | Answer:
         """Read a request and reserve for it; return what to forward, or the answer."""
         asked = self.exchange.begin(headers, body)
-        if isinstance(asked, Answer):
-            return asked
-        forward = self.exchange.reserved(self._guard.limiter.reserve(*asked))
+        return asked if isinstance(asked, Answer) else self.reserved(self._guard.limiter.reserve(*asked))
+
+    def reserved(self, reserved: Reservation | Decision) -> UpstreamRequest | Answer:
+        """Take in what came of reserving; return what to forward, or the refusal."""
+        forward = self.exchange.reserved(reserved)
         if self.account.admitted:
             self._guard.metrics.admitted(self.account)
         self._forwarded_s = perf_counter()
@@ -132,19 +134,27 @@ class Call:
         return end.rest
 
     def _settle(self, settlement: Settlement | None) -> None:
+        """Carry out a settlement."""
         if settlement is None:
             return
+        if settlement.tokens is None:
+            settlement.keep()
+        else:
+            self._settle_at(settlement, settlement.tokens)
+        self._guard.metrics.settled(self.account)
+
+    def _settle_at(self, settlement: Settlement, tokens: int) -> None:
         for tries_left in reversed(range(SETTLE_TRIES)):
             try:
-                settlement.apply(self._guard.limiter)
+                forgiven = self._guard.limiter.settle(settlement.reservation, tokens)
             except TableBusy as error:
                 if not tries_left:
                     settlement.keep()
                     self._guard.metrics.settlement_lost()
                     self._warn(f"{error}: the reservation stays spent")
             else:
-                break
-        self._guard.metrics.settled(self.account)
+                return settlement.settled(forgiven)
+        return None
 
     def _warn(self, what: str) -> None:
         _log.warning("%s (request %s)", what, self.account.request_id)

@@ -24,11 +24,13 @@ class Health(Resource):
     def on_get(self, req: Request, resp: Response) -> None:
         """Tell what is running, and the time."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        trouble = self._backend.trouble()
         state = {
             "name": "tokenguard",
             "version": __version__,
-            "status": "ok",
+            "status": "ok" if trouble is None else "degraded",
             "backend": self._backend.describe(),
+            **({} if trouble is None else {"trouble": trouble}),
         }
         write_json(resp, 200, {**state, "time": now})
 

@@ -15,8 +15,8 @@ from tokenguard import refusal
 from tokenguard.api.call import CALL, Call, Guard, path_of
 from tokenguard.api.wire import GONE, CallerGone, headers_of, read_body, request_id_of, set_headers, write
 from tokenguard.errors import BodyTimeout, UpstreamError
-from tokenguard.exchange import REQUEST_ID, Terms, forwarded_headers, returned_headers
-from tokenguard.model import Answer, UpstreamRequest
+from tokenguard.exchange import REQUEST_ID, Settlement, Terms, forwarded_headers, returned_headers
+from tokenguard.model import Answer, Headers, UpstreamRequest
 from tokenguard.upstream import Upstream, UpstreamResponse
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -57,7 +57,7 @@ class ChatCompletions:
         call = req.scope[CALL] = AsgiCall(self._guard, self._upstream, req.context.request_id)
         req.context.account = call.account
         body = await read_body(req, self._guard.max_body_bytes)
-        forward = call.begin(headers_of(req), body)
+        forward = await call.begin_soon(headers_of(req), body)
         if isinstance(forward, Answer):
             return write(resp, forward)
         if call.exchange.stream:
@@ -88,9 +88,17 @@ class AsgiCall(Call):
         self._watcher: asyncio.Task[None] | None = None
         self._waiting: anyio.CancelScope | None = None
         self._caller_gone = False
+        self._settling: asyncio.Future[int] | None = None
         self._patience: asyncio.TimerHandle | None = None
         self._done = False
         self.stalled = False
+
+    async def begin_soon(self, headers: Headers, body: bytes) -> UpstreamRequest | Answer:
+        """Do what ``begin`` does, while others run."""
+        asked = self.exchange.begin(headers, body)
+        return (
+            asked if isinstance(asked, Answer) else self.reserved(await self._guard.limiter.reserve_soon(*asked))
+        )
 
     def watch(self, receive: Receive) -> None:
         """Stop waiting for the provider as soon as the caller goes away."""
@@ -109,7 +117,9 @@ class AsgiCall(Call):
         try:
             response = self._response = await self._while_caller_waits(self._upstream.open(request))
         except UpstreamError as error:
-            return self.failed(error)
+            answer = self.failed(error)
+            await self._settled()
+            return answer
         except CallerGone:
             self.leave()
             return GONE
@@ -132,6 +142,7 @@ class AsgiCall(Call):
                     self._done = True
                     passed = self.finish()
                 if passed:
+                    await self._settled()
                     self._await_caller()
                     return passed
         except UpstreamError as error:
@@ -148,10 +159,33 @@ class AsgiCall(Call):
             if waiting is not None:
                 waiting.cancel()
         self._done = True
+        self.leave()
+        await self._settled()
         self.over()
         response, self._response = self._response, None
         if response is not None:
             await response.close()
+
+    def _settle(self, settlement: Settlement | None) -> None:
+        """Carry out a settlement; where that takes a while, ``_settled`` waits for it."""
+        if settlement is None or settlement.tokens is None or not self._guard.limiter.waits:
+            return super()._settle(settlement)
+
+        def settled(settling: asyncio.Future[int]) -> None:
+            settlement.settled(0 if settling.cancelled() else settling.result())
+            self._guard.metrics.settled(self.account)
+
+        self._settling = self._guard.limiter.settle_soon(settlement.reservation, settlement.tokens)
+        if self._settling.done():
+            settled(self._settling)
+        else:
+            self._settling.add_done_callback(settled)
+        return None
+
+    async def _settled(self) -> None:
+        """Wait until the buckets are up to date: whoever has the answer may look."""
+        if self._settling is not None:
+            await self._settling
 
     def _await_caller(self) -> None:
         """Give up a caller who does not take what was passed on: it holds a connection to the provider."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import re
@@ -147,9 +148,11 @@ class Resource:
 
     Attributes:
         max_body_bytes: A longer body is refused with 413.
+        waits: Whether it waits for somebody else, so that an event loop must not run it.
     """
 
     max_body_bytes = 0
+    waits = False
 
 
 class _Driven:
@@ -185,7 +188,10 @@ def _asynchronous(resource: Resource, respond: Callable[..., None]) -> Callable[
     async def responder(req: falcon.asgi.Request, resp: Response, **params: str) -> None:
         if resource.max_body_bytes:
             req.context.body = await read_body(req, resource.max_body_bytes)
-        respond(req, resp, **params)
+        if resource.waits:
+            await asyncio.to_thread(respond, req, resp, **params)
+        else:
+            respond(req, resp, **params)
 
     return responder
 

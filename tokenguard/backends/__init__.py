@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,15 +19,34 @@ class Backend(Protocol):
     Times are µs of wall-clock time; None is now, by the backend's own clock.
     """
 
+    waits: bool
+    """Whether it waits for somebody else: then an event loop must use what ends in ``_soon``."""
+
     @property
-    def epoch(self) -> int:
+    def epoch(self) -> object:
         """What moves with every change of a budget; only equality says anything."""
 
     def describe(self) -> str:
         """Return what this backend is, for the start-up line and health."""
 
+    def trouble(self) -> str | None:
+        """Return what is wrong, if anything is."""
+
     def stats(self) -> Mapping[str, int]:
-        """Return its counters, as ``BucketTable.stats`` names them."""
+        """Return its counters."""
+
+    async def start(self) -> None:
+        """Be ready; what cannot be had yet does not keep it from starting."""
+
+    async def stop(self) -> None:
+        """Let what is under way end, and close what is open."""
+
+    def refresh(self) -> None:
+        """Know the budgets as they are now, whoever changed them.
+
+        Raises:
+            BackendDown: They cannot be reached.
+        """
 
     def on(self, scope: Scope) -> Collection[Budget]:
         """Return the explicit budgets of a scope."""
@@ -34,20 +54,29 @@ class Backend(Protocol):
     def budgets(self) -> list[Budget]:
         """Return all explicit budgets, in the order of their names."""
 
-    def prepare(self, budgets: Sequence[Budget], epoch: int | None = None) -> Handle:
+    def prepare(self, budgets: Sequence[Budget], epoch: Any = None) -> Handle:  # noqa: ANN401 - its own epochs
         """Make a plan ready, whose budgets were read under ``epoch`` (None: now's)."""
 
     def reserve(self, handle: Handle, costs: tuple[int, ...], now_us: int | None = None) -> Outcome:
-        """Take each cost from all buckets of the plan, or from none.
+        """Take each cost from all buckets of the plan, or from none; the outcome's handle is to settle it with.
 
         Raises:
             StaleHandle: A budget changed since ``epoch``.
             TableFull: There is no room for a new bucket.
             TableBusy: The table's lock was not to be had.
+            BackendDown: The buckets cannot be reached.
         """
 
     def settle(self, handle: Handle, deltas: tuple[int, ...], now_us: int | None = None) -> int:
         """Charge each bucket its delta, of either sign; return how many tokens were forgiven."""
+
+    async def reserve_soon(self, handle: Handle, costs: tuple[int, ...], now_us: int | None = None) -> Outcome:
+        """Do what ``reserve`` does; if it is cancelled, nothing is taken."""
+
+    def settle_soon(
+        self, handle: Handle, deltas: tuple[int, ...], now_us: int | None = None
+    ) -> asyncio.Future[int]:
+        """Do what ``settle`` does, whether anybody waits for it or not."""
 
     def peek(self, handle: Handle, now_us: int | None = None) -> Outcome:
         """Return the buckets as a reserve would find them."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
-from tokenguard._bucket import BucketTable, Handle
+from tokenguard._bucket import BucketTable, Handle, Outcome
 from tokenguard.errors import BudgetNotFound
 from tokenguard.model import BucketName, Budget, Scope
 
@@ -17,6 +18,8 @@ class MemoryBackend:
     Args:
         table: The table to use.
     """
+
+    waits = False
 
     def __init__(self, table: BucketTable) -> None:
         self._table = table
@@ -39,6 +42,31 @@ class MemoryBackend:
     def stats(self) -> dict[str, int]:
         """Return the table's counters."""
         return self._table.stats()
+
+    def trouble(self) -> str | None:
+        """Return nothing: what is in this process is there."""
+        return None
+
+    async def start(self) -> None:
+        """Be ready at once."""
+
+    async def stop(self) -> None:
+        """Leave nothing open."""
+
+    def refresh(self) -> None:
+        """Know the budgets already."""
+
+    async def reserve_soon(self, handle: Handle, costs: tuple[int, ...], now_us: int | None = None) -> Outcome:
+        """Reserve at once."""
+        return self.reserve(handle, costs, now_us)
+
+    def settle_soon(
+        self, handle: Handle, deltas: tuple[int, ...], now_us: int | None = None
+    ) -> asyncio.Future[int]:
+        """Settle at once."""
+        settled: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        settled.set_result(self.settle(handle, deltas, now_us))
+        return settled
 
     def on(self, scope: Scope) -> Collection[Budget]:
         """Return the explicit budgets of a scope."""

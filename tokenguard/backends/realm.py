@@ -1,0 +1,98 @@
+"""What the nodes of one realm share in Redis, and what one node knows of it: names of keys, and budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from tokenguard._bucket import BucketTable, Handle
+from tokenguard.backends.batch import RedisHandle, Ref, read_scale, scale_text
+from tokenguard.model import BucketName, Budget, Scale, Scope
+
+NO_EPOCH = ""
+"""What a node goes by that has not seen any budgets yet."""
+
+
+class Mirror(NamedTuple):
+    """The explicit budgets as a node knows them.
+
+    Attributes:
+        epoch: ``revision:digits``: a number that grows, and random digits that tell two histories apart.
+        budgets: By scope.
+    """
+
+    epoch: str
+    budgets: Mapping[Scope, tuple[Budget, ...]]
+
+    @property
+    def revision(self) -> int:
+        """How many changes led here; -1 if nothing is known."""
+        return int(self.epoch.partition(":")[0]) if self.epoch else -1
+
+    def all(self) -> list[Budget]:
+        """Return all budgets, in the order of their keys."""
+        budgets = [budget for on_scope in self.budgets.values() for budget in on_scope]
+        return sorted(budgets, key=lambda budget: budget.name.key)
+
+
+UNKNOWN = Mirror(NO_EPOCH, {})
+
+
+class Realm:
+    """Names the keys, and keeps the mirror of the budgets.
+
+    All keys of a realm have one hash tag, so that in a cluster all buckets of a call are in one place.
+
+    Args:
+        name: The realm's.
+
+    Attributes:
+        mirror: What is known of the budgets; replaced as a whole.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._prefix = f"tg:{{{name}}}:".encode()
+        self._bucket_prefix = self._prefix + b"b:"
+        self.epoch_key = self._prefix + b"epoch"
+        self.budgets_key = self._prefix + b"budgets"
+        self.mirror = UNKNOWN
+
+    def record_key(self, lane: str) -> bytes:
+        """Return the key of a lane's record."""
+        return self._prefix + b"lane:" + lane.encode()
+
+    def bucket_key(self, name: BucketName) -> bytes:
+        """Return the key of a bucket."""
+        return self._bucket_prefix + name.key
+
+    def on(self, scope: Scope) -> Collection[Budget]:
+        """Return the explicit budgets of a scope, as they are known."""
+        return self.mirror.budgets.get(scope, ())
+
+    def prepare(self, table: BucketTable, budgets: Sequence[Budget], epoch: str | None) -> RedisHandle:
+        """Make a plan ready."""
+        epoch = self.mirror.epoch if epoch is None else epoch
+        refs = tuple(Ref(self.bucket_key(budget.name), scale_text(budget.scale)) for budget in budgets)
+        return RedisHandle(epoch, refs, tuple(budgets), embedded(table, budgets))
+
+
+def embedded(table: BucketTable, budgets: Iterable[Budget], scales: Iterable[Scale] | None = None) -> Handle:
+    """Return a plan for the embedded engine, with the budgets' scales or others."""
+    budgets = list(budgets)
+    scales = [budget.scale for budget in budgets] if scales is None else scales
+    return table.prepare((budget.name.key, scale) for budget, scale in zip(budgets, scales, strict=True))
+
+
+def read_mirror(epoch: str, fields: Sequence[bytes]) -> Mirror:
+    """Return the mirror of what a Redis told: name, scale, name, scale, and so on."""
+    by_scope: dict[Scope, list[Budget]] = {}
+    for name, scale in zip(fields[::2], fields[1::2], strict=True):
+        budget = Budget(BucketName.from_key(name), read_scale(scale.decode()))
+        by_scope.setdefault(budget.name.scope, []).append(budget)
+    return Mirror(epoch, {scope: tuple(budgets) for scope, budgets in by_scope.items()})
+
+
+def told(mirror: Mirror) -> list[str | bytes]:
+    """Return a mirror as ``lua/publish.lua`` takes it: name, scale, name, scale, and so on."""
+    return [part for budget in mirror.all() for part in (budget.name.key, scale_text(budget.scale))]

@@ -1,0 +1,386 @@
+"""Buckets and budgets in Redis, shared exactly by any number of nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import threading
+import weakref
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import redis.asyncio as aioredis
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError
+
+from tokenguard._bucket import BucketTable, Outcome
+from tokenguard.backends.batch import Kind, RedisHandle, scale_text
+from tokenguard.backends.lane import STATS, Lane, LinkLost
+from tokenguard.backends.outage import OwnHandle, Policy
+from tokenguard.backends.realm import Realm
+from tokenguard.backends.redis_url import RedisUrl
+from tokenguard.backends.scripts import CONFIGURE, Script
+from tokenguard.errors import BackendDown, BudgetNotFound
+from tokenguard.model import BucketName, Budget
+
+_ONCE = Retry(NoBackoff(), 0)
+"""redis-py sends again what failed, unless it is told not to; what reserves must never be sent twice."""
+
+_log = logging.getLogger("tokenguard")
+
+T = TypeVar("T")
+
+
+class RedisLink:
+    """A lane's connection: redis-py's, to a server, to whichever one Sentinel names, or to a node of a cluster.
+
+    Args:
+        url: Where.
+        key: Any of the realm's keys: in a cluster all of them are where this one is.
+        timeout_s: For a connection to come about.
+    """
+
+    def __init__(self, url: RedisUrl, key: bytes, timeout_s: float) -> None:
+        self._url = url
+        self._key = key.decode()
+        self._timeout_s = timeout_s
+        self._client = self._new_client()
+        self._warned = ""
+
+    def _new_client(self) -> Any:  # noqa: ANN401 - clients of three kinds, whose types say little
+        url = self._url
+        common = {"socket_connect_timeout": self._timeout_s, "socket_timeout": None, "retry": _ONCE}
+        how = {**url.connection, **common, "client_name": "tokenguard"}
+        if url.kind == "cluster":
+            nodes = [ClusterNode(host, port) for host, port in url.hosts]
+            return aioredis.RedisCluster(startup_nodes=nodes, **how)
+        if url.kind == "sentinel":
+            sentinel: Any = Sentinel
+            watching = sentinel(url.hosts, sentinel_kwargs={**url.sentinel, **common}, **how)
+            return watching.master_for(url.group, db=url.database)
+        if url.path is not None:
+            return aioredis.Redis(unix_socket_path=url.path, db=url.database, **how)
+        ((host, port),) = url.hosts
+        return aioredis.Redis(host=host, port=port, db=url.database, **how)
+
+    async def run(self, script: Script, keys: Sequence[bytes], args: Sequence[Any]) -> Any:  # noqa: ANN401 - as the script returns
+        """Run a script, once.
+
+        Raises:
+            LinkLost: There is no answer.
+        """
+        rest = (len(keys), *keys, *args)
+        try:
+            where = await self._where()
+            try:
+                return await self._client.execute_command("EVALSHA", script.sha, *rest, **where)
+            except NoScriptError:  # nothing was done: Redis has been restarted, or told to forget its scripts
+                return await self._client.execute_command("EVAL", script.text, *rest, **where)
+        except (RedisError, OSError) as error:
+            raise LinkLost(self._shown(error), at_once=isinstance(error, RedisConnectionError)) from None
+
+    async def _where(self) -> dict[str, Any]:
+        if self._url.kind != "cluster":
+            return {}
+        await self._client.initialize()
+        return {"target_nodes": self._client.get_node_from_key(self._key)}  # PERF: else it looks at every key
+
+    async def greet(self) -> None:
+        """Warn of a Redis that forgets buckets when it runs out of memory."""
+        try:
+            info = await self._client.execute_command("INFO", "memory", **await self._where())
+        except (RedisError, OSError) as error:
+            raise LinkLost(self._shown(error)) from None
+        policy = info.get("maxmemory_policy", "noeviction") if isinstance(info, dict) else "noeviction"
+        if policy != self._warned and policy != "noeviction":
+            _log.warning(
+                "Redis evicts keys when its memory is full (maxmemory-policy %s): an evicted bucket comes back "
+                "full. Set it to noeviction",
+                policy,
+            )
+        self._warned = policy
+
+    async def drop(self) -> None:
+        """Close what is open, without waiting for the other end."""
+        client, self._client = self._client, self._new_client()
+        with suppress(RedisError, OSError, TimeoutError, RuntimeError):
+            async with asyncio.timeout(self._timeout_s):
+                await client.aclose()
+
+    def _shown(self, error: Exception) -> str:
+        """Return what went wrong, in one line and without a password."""
+        text = " ".join(str(error).split()) or type(error).__name__
+        for secret in self._url.secrets:
+            text = text.replace(secret, "…")
+        return text[:200]
+
+
+class LoopThread:
+    """An event loop in a thread of its own, for callers who have none."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine there and wait for what it returns."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._loop.run_forever, name="tokenguard-redis", daemon=True
+                )
+                self._thread.start()
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def stop(self) -> None:
+        """End the thread."""
+        with self._lock:
+            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
+        if loop is not None and thread is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a thread."""
+        return self._loop is not None
+
+
+class RedisBackend:
+    """Buckets and budgets in Redis.
+
+    Each event loop has a lane of its own; callers without a loop share one, in a thread.
+
+    Args:
+        url: Where Redis is.
+        realm: The name of what nodes share: others on the same Redis have other realms.
+        policy: What decides while Redis is down.
+        table: The node's own table, for that.
+        timeout_s: How long a call may wait for Redis.
+    """
+
+    waits = True
+
+    def __init__(self, url: RedisUrl, realm: str, policy: Policy, table: BucketTable, timeout_s: float) -> None:
+        self._url = url
+        self._realm = Realm(realm)
+        self._policy = policy
+        self._table = table
+        self._timeout_s = timeout_s
+        self.on = self._realm.on
+        self._forget_lanes()
+        _backends.add(self)
+
+    def _forget_lanes(self) -> None:
+        """Begin without lanes, as a process must that was forked off: its threads and loops are not here."""
+        self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
+        self._thread = LoopThread()
+
+    def _lane(self) -> Lane:
+        """Return the lane of the running event loop."""
+        loop = asyncio.get_running_loop()
+        lane = self._lanes.get(loop)
+        if lane is None:
+            for ended in [known for known in self._lanes if known.is_closed()]:
+                del self._lanes[ended]
+            link = RedisLink(self._url, self._realm.epoch_key, self._timeout_s)
+            lane = self._lanes[loop] = Lane(link, self._realm, self._policy, self._timeout_s)
+        return lane
+
+    # --- what it is and how it is -----------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> str:
+        """The epoch of the budgets as they are known."""
+        return self._realm.mirror.epoch
+
+    def describe(self) -> str:
+        """Return what this backend is."""
+        return f"redis at {self._url}, realm {self._realm.name}"
+
+    def trouble(self) -> str | None:
+        """Return what is wrong, if anything is."""
+        found = next((lane.trouble for lane in list(self._lanes.values()) if lane.trouble is not None), None)
+        return None if found is None else f"Redis is not to be had: {found}; the policy is {self._policy.name!r}"
+
+    def stats(self) -> dict[str, int]:
+        """Return counters, summed over the lanes."""
+        lanes = list(self._lanes.values())
+        totals = dict.fromkeys((*STATS, "owed", "dropped"), 0)
+        totals["up"] = int(all(lane.trouble is None for lane in lanes))
+        for lane in lanes:
+            for name, number in {**lane.stats, "owed": lane.owed, "dropped": lane.dropped}.items():
+                totals[name] += number
+        return totals
+
+    async def start(self) -> None:
+        """Connect, and know the budgets; a Redis that is down does not keep a node from starting."""
+        await self._lane().ready()
+
+    async def stop(self) -> None:
+        """Let what is under way end, and disconnect."""
+        lane = self._lanes.pop(asyncio.get_running_loop(), None)
+        if lane is not None:
+            await lane.close()
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """Do so for callers without an event loop."""
+        if self._thread.runs:
+            self._thread.run(self._close_lane())
+            self._thread.stop()
+
+    async def _close_lane(self) -> None:
+        lane = self._lanes.pop(asyncio.get_running_loop(), None)
+        if lane is not None:
+            await lane.close()
+
+    # --- calls ------------------------------------------------------------------------------------------------
+
+    def prepare(self, budgets: Sequence[Budget], epoch: str | None = None) -> RedisHandle:
+        """Make a plan ready."""
+        return self._realm.prepare(self._table, budgets, epoch)
+
+    async def reserve_soon(
+        self, handle: RedisHandle, costs: tuple[int, ...], now_us: int | None = None
+    ) -> Outcome:
+        """Take each cost from all buckets of the plan, or from none. Cancelled, it takes nothing.
+
+        Raises:
+            StaleHandle: A budget changed since the plan was prepared; the change is known by now.
+            BackendDown: Redis is not to be had, and the policy says so.
+        """
+        lane = self._lane()
+        future = lane.ask(Kind.RESERVE, handle, costs, now_us)
+        try:
+            outcome: Outcome = await future
+        except asyncio.CancelledError:
+            # NOTE: what came before the caller could be told is nobody's; the lane sees to what comes after.
+            if future.done() and not future.cancelled() and not future.exception() and future.result().allowed:
+                lane.undo(future.result())
+            raise
+        return outcome
+
+    def settle_soon(
+        self, handle: RedisHandle | OwnHandle, deltas: tuple[int, ...], now_us: int | None = None
+    ) -> asyncio.Future[int]:
+        """Charge each bucket its delta; it is done even if nobody waits for it, as soon as Redis can be had.
+
+        Returns:
+            How many tokens were forgiven, 0 if that is not known yet.
+        """
+        lane = self._lane()
+        if not isinstance(handle, OwnHandle):
+            return lane.ask(Kind.SETTLE, handle, deltas, now_us)
+        settled: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        settled.set_result(self._policy.settle(handle, deltas))
+        lane.owe(handle.redis, deltas)
+        return settled
+
+    async def peek_soon(self, handle: RedisHandle, now_us: int | None = None) -> Outcome:
+        """Return the buckets as a reserve would find them.
+
+        Raises:
+            BackendDown: Redis is not to be had.
+        """
+        outcome: Outcome = await self._lane().ask(Kind.PEEK, handle, (), now_us)
+        return outcome
+
+    def reserve(self, handle: RedisHandle, costs: tuple[int, ...], now_us: int | None = None) -> Outcome:
+        """Do what ``reserve_soon`` does, for a thread."""
+        return self._thread.run(self.reserve_soon(handle, costs, now_us))
+
+    def settle(self, handle: RedisHandle | OwnHandle, deltas: tuple[int, ...], now_us: int | None = None) -> int:
+        """Do what ``settle_soon`` does, for a thread."""
+
+        async def settle() -> int:
+            return await self.settle_soon(handle, deltas, now_us)
+
+        return self._thread.run(settle())
+
+    def peek(self, handle: RedisHandle, now_us: int | None = None) -> Outcome:
+        """Do what ``peek_soon`` does, for a thread."""
+        return self._thread.run(self.peek_soon(handle, now_us))
+
+    # --- budgets ----------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Know the budgets as they are now.
+
+        Raises:
+            BackendDown: Redis is not to be had.
+        """
+        self._thread.run(self._refresh())
+
+    async def _refresh(self) -> Lane:
+        lane = self._lane()
+        try:
+            await lane.refresh()
+        except LinkLost as error:
+            raise BackendDown(f"the shared budgets cannot be reached: {error}") from None
+        return lane
+
+    def budgets(self) -> list[Budget]:
+        """Return all explicit budgets, in the order of their names."""
+        return self._realm.mirror.all()
+
+    def put(self, budget: Budget, level: int | None = None, now_us: int | None = None) -> None:
+        """Set an explicit budget.
+
+        Raises:
+            BackendDown: Redis is not to be had; whether the budget is set, it alone knows.
+        """
+        text = scale_text(budget.scale)
+        self._thread.run(self._configure(budget.name, text, text, level, now_us))
+
+    def drop(self, name: BucketName, default: Budget | None, now_us: int | None = None) -> None:
+        """Remove an explicit budget.
+
+        Raises:
+            BudgetNotFound: There is none.
+            BackendDown: Redis is not to be had; whether the budget is there, it alone knows.
+        """
+        then = "" if default is None else scale_text(default.scale)
+        if not self._thread.run(self._configure(name, "", then, None, now_us)):
+            raise BudgetNotFound(f"there is no budget for {name}")
+
+    async def _configure(
+        self, name: BucketName, explicit: str, then: str, level: int | None, now_us: int | None
+    ) -> bool:
+        """Change one budget; return False if there was nothing to remove."""
+        keys = (self._realm.epoch_key, self._realm.budgets_key, self._realm.bucket_key(name))
+        optional = ["" if value is None else str(value) for value in (level, now_us)]
+        args = (name.key, explicit, then, optional[0], secrets.token_hex(8), optional[1])
+        for _ in range(2):
+            lane = await self._refresh()  # and so there are budgets to change
+            try:
+                done, forgiven, clock_steps = await lane.run(CONFIGURE, keys, args)
+            except LinkLost as error:
+                raise BackendDown(f"the budget may be changed or not: {error}") from None
+            if done >= 0:
+                lane.stats["forgiven"] += forgiven
+                lane.stats["clock_steps"] += clock_steps
+                await self._refresh()
+                return bool(done)
+        raise BackendDown("the budgets in Redis were lost while one was being changed; try again")
+
+
+_backends: weakref.WeakSet[RedisBackend] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for backend in list(_backends):
+        backend._forget_lanes()  # noqa: SLF001 - of this module
+
+
+os.register_at_fork(after_in_child=_after_fork)
