@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
@@ -97,7 +98,7 @@ class Reply(NamedTuple):
     Attributes:
         done: False if the batch was sent before, or came too late: then there are no results.
         now_us: The time it was evaluated at, by the clock of Redis.
-        forgiven: Tokens that fell below a floor when buckets took over another scale.
+        forgiven: Tokens that fell below the floor of a bucket's debt, summed over all calls.
         clock_steps: How many buckets met a clock that had stepped back by over 1 s.
         results: For each call: an outcome, ``STALE``, or the tokens that a settlement forgave.
     """
@@ -119,6 +120,11 @@ def read_scale(text: str) -> Scale:
     return Scale(*map(int, text.split(" ")))
 
 
+@lru_cache(1024)
+def _parts(text: str) -> tuple[str | int, ...]:
+    return (text, *read_scale(text))
+
+
 def encode(
     calls: Iterable[Call], number: int, epoch: str, *, recorded: bool, now_us: int | None = None
 ) -> tuple[list[bytes], bytes]:
@@ -134,9 +140,16 @@ def encode(
                 place = places[ref] = len(places) + 1
             flat.append(place)
         flat.extend(call.amounts)
-    scales: dict[str, int] = {}
-    scale_of = [scales.setdefault(ref.scale, len(scales) + 1) for ref in places]
-    batch = (number, recorded, epoch, False if now_us is None else now_us, list(scales), scale_of, flat)
+    texts: dict[str, int] = {}
+    scales: list[str | int] = []
+    scale_at: list[int] = []
+    for ref in places:
+        at = texts.get(ref.scale)
+        if at is None:
+            at = texts[ref.scale] = len(scales) + 1
+            scales += _parts(ref.scale)
+        scale_at.append(at)
+    batch = (number, recorded, epoch, False if now_us is None else now_us, scales, scale_at, flat)
     return [ref.key for ref in places], _encode(batch)
 
 
@@ -145,12 +158,13 @@ def decode(calls: Iterable[Call], reply: bytes) -> Reply:
     told = _decode(reply)
     if not told[0]:
         return Reply(done=False)
-    now_us = told[1]
+    _, now_us, forgiven, clock_steps = told[:_HEAD]
     results: list[Result] = []
     at = _HEAD
     for kind, refs, costs, handle in calls:
         if kind is Kind.SETTLE:
             results.append(told[at])
+            forgiven += told[at]
             at += 1
             continue
         assert handle is not None  # noqa: S101 - who asks for more than a settlement has a plan
@@ -166,4 +180,4 @@ def decode(calls: Iterable[Call], reply: bytes) -> Reply:
         outcome.handle = handle
         results.append(outcome)
         at += 2 * len(refs)
-    return Reply(True, now_us, told[2], told[3], results)
+    return Reply(True, now_us, forgiven, clock_steps, results)

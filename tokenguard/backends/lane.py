@@ -1,9 +1,11 @@
 """One event loop's way to Redis: calls that arrive while a batch is under way travel together in the next one.
 
-A lane sends one batch at a time. It is up, or it is down and comes back by itself: then it reads the budgets,
-settles what is owed, and only then takes calls again. Nothing that reserves is ever sent twice. What settles
-may be: a batch whose answer did not come is sent again under the same number, and the script, which keeps the number
-of the lane's last such batch on record, does nothing if it has been there before.
+A lane sends one batch at a time. It is up, or it comes back by itself: then it reads the budgets, settles what is
+owed, and only after that takes calls again. Nothing that reserves is ever sent twice, unless Redis said that it
+did not do it. What settles may be: a batch whose answer did not come is sent again under the same number, and the
+script, which keeps the number of the lane's last such batch on record, does nothing if it has been there before.
+
+Batches are sent and answers taken in by callbacks; there is a task only while the lane comes back.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 from tokenguard._bucket import Outcome
 from tokenguard.backends.batch import MAX_CALLS, STALE, Call, Kind, RedisHandle, Reply, Result, decode, encode
@@ -32,39 +34,42 @@ STATS = ("batches", "batched", "unanswered", "outages", "own", "forgiven", "cloc
 calls that the policy admitted, tokens forgiven, and clocks that stepped back."""
 
 _STALE = "a budget changed since the plan was prepared"
-
-T = TypeVar("T")
+_FAULT = "a batch failed inside TokenGuard"
 
 _log = logging.getLogger("tokenguard")
 
 
 class LinkLost(Exception):
-    """Redis did not answer, or answered that it cannot; what was sent may have been carried out or not.
+    """Redis did not answer, or answered that it cannot.
 
     Attributes:
+        undone: Whether it is certain that nothing was done.
         at_once: Whether trying again at once may help, as it does when a connection was cut.
     """
 
-    def __init__(self, message: str, *, at_once: bool = False) -> None:
+    def __init__(self, message: str, *, undone: bool = False, at_once: bool = False) -> None:
         super().__init__(message)
+        self.undone = undone
         self.at_once = at_once
 
 
 class Link(Protocol):
     """A connection to Redis, whatever is behind it."""
 
-    async def run(self, script: Script, keys: Sequence[bytes], args: Sequence[Any]) -> Any:  # noqa: ANN401 - as the script returns
-        """Run a script, once.
+    async def connect(self) -> None:
+        """Make a connection, if there is none.
 
         Raises:
-            LinkLost: There is no answer.
+            LinkLost: There is none to be had.
         """
 
-    async def greet(self) -> None:
-        """Look at a Redis that one has just come to, and say what is wrong with it."""
+    def send(
+        self, script: Script, keys: Sequence[bytes], args: Sequence[Any], answered: Callable[[Any], None]
+    ) -> None:
+        """Send a script at once; ``answered`` is called once, with its answer or with a ``LinkLost``."""
 
-    async def drop(self) -> None:
-        """Close what is open: what may still come on it would be taken for the answer to something else."""
+    def drop(self, why: LinkLost) -> None:
+        """Close the connection; whoever waits for an answer is told why there will be none."""
 
 
 class _Waiting(NamedTuple):
@@ -98,14 +103,17 @@ class Lane:
         self._record_key = realm.record_key(secrets.token_hex(8))
         self._number = 0
         self._queue: deque[_Waiting] = deque()
-        self._idle: asyncio.Future[None] | None = None
+        self._flying: list[_Waiting] = []
+        self._busy = True  # a batch is under way or about to be, or the lane is coming back
+        self._crowd = False
+        self._timer: asyncio.TimerHandle | None = None
         self._owed = Owed()
         self._unanswered: tuple[int, list[Call]] | None = None
         self.trouble: str | None = None
         self.stats = dict.fromkeys(STATS, 0)
         self._loop = asyncio.get_running_loop()
-        self._tried = self._loop.create_future()
-        self._task = self._loop.create_task(self._run())
+        self._tried: asyncio.Future[None] = self._loop.create_future()
+        self._task: asyncio.Task[None] = self._loop.create_task(self._return())
 
     @property
     def owed(self) -> int:
@@ -134,15 +142,20 @@ class Lane:
             What comes of it: an ``Outcome``, or the tokens that a settlement forgave, or an error:
             ``StaleHandle`` or ``BackendDown``. Cancelling it undoes a reservation and no settlement.
         """
-        future = self._loop.create_future()
+        future: asyncio.Future[Any] = self._loop.create_future()
         call = Call(kind, handle.refs, amounts, handle)
         waiting = _Waiting(call, future, now_us, self._loop.time() + self._timeout_s)
         if self.trouble is not None:
-            self._without_redis(waiting)
+            self._without_redis(waiting, self.trouble)
             return future
         self._queue.append(waiting)
-        if self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
+        if not self._busy:
+            self._busy = True
+            # PERF: a lone call leaves at once; where the last batch was of many, it waits for this turn's others.
+            if self._crowd:
+                self._loop.call_soon(self._fly)
+            else:
+                self._fly()
         return future
 
     def owe(self, handle: RedisHandle, amounts: tuple[int, ...]) -> None:
@@ -152,13 +165,38 @@ class Lane:
         else:
             self._owed.add(handle.refs, amounts)
 
+    def undo(self, outcome: Outcome) -> None:
+        """Give back what an allowed outcome took, for whoever asked for it has gone."""
+        handle: RedisHandle | OwnHandle = outcome.handle
+        deltas = tuple(-outcome.cost(i) for i in range(len(outcome)))
+        if isinstance(handle, OwnHandle):
+            self._policy.settle(handle, deltas)
+            self.owe(handle.redis, deltas)
+        else:
+            self.ask(Kind.SETTLE, handle, deltas)
+
     async def run(self, script: Script, keys: Sequence[bytes], args: Sequence[Any]) -> Any:  # noqa: ANN401 - as the script returns
         """Run another script, within the time limit.
 
         Raises:
             LinkLost: There is no answer.
         """
-        return await self._within(self._timeout_s, self._link.run(script, keys, args))
+        answer: asyncio.Future[Any] = self._loop.create_future()
+
+        def answered(what: Any) -> None:  # noqa: ANN401 - as the script returns
+            if not answer.done():
+                answer.set_result(what)
+
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._link.connect()
+                self._link.send(script, keys, args, answered)
+                what = await answer
+        except TimeoutError:
+            raise self._too_slow() from None
+        if isinstance(what, LinkLost):
+            raise what
+        return what
 
     async def ready(self) -> None:
         """Wait until Redis has been tried for the first time, with or without success."""
@@ -183,10 +221,7 @@ class Lane:
                 realm.mirror = theirs
                 return
             if mine.epoch:
-                _log.warning(
-                    "Redis has lost budgets (revision %d, this node knows %d): publishing %d of them anew",
-                    theirs.revision, mine.revision, len(mine.all()),
-                )  # fmt: skip
+                _log.warning("Redis has lost budgets: this node publishes the %d that it knows", len(mine.all()))
             else:
                 mine = Mirror(f"0:{secrets.token_hex(8)}", {})
             if await self.run(PUBLISH, keys, (found, mine.epoch, *told(mine))):
@@ -195,37 +230,166 @@ class Lane:
 
     async def close(self) -> None:
         """Let what is under way end, within the time limit, and stop."""
-        while self._queue and self.trouble is None:
-            await asyncio.wait([self._queue[-1].future], timeout=self._timeout_s)
+        while (waiting := [*self._flying, *self._queue]) and self.trouble is None:
+            await asyncio.wait([each.future for each in waiting], timeout=self._timeout_s)
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
-        self._stand_alone("TokenGuard is stopping")
+        self._busy = True
+        self.trouble = self.trouble or "TokenGuard is stopping"
+        self._stand_alone(self.trouble)
         if self.owed:
             _log.warning("stopping while Redis is away: what it was to be told of %d buckets is lost", self.owed)
-        await self._link.drop()
+        self._link.drop(LinkLost("TokenGuard is stopping"))
 
-    # --- the lane's own task ----------------------------------------------------------------------------------
+    # --- while it is up: batch after batch ----------------------------------------------------------------------
 
-    async def _run(self) -> None:
+    def _fly(self) -> None:
+        """Send what is in the queue."""
+        batch: list[_Waiting] = []
+        while self._queue and not batch:
+            batch = self._take()
+        if not batch:
+            self._busy = False
+            return
+        self._number += 1
+        self._flying = batch
+        self._crowd = len(batch) > 1
+        self._timer = self._loop.call_at(batch[0].until_s, self._late)
+        calls = [waiting.call for waiting in batch]
+        recorded = any(call.kind is Kind.SETTLE for call in calls)
+        keys, payload = self._encoded(calls, self._number, recorded=recorded, now_us=batch[0].now_us)
+        self._link.send(CALLS, keys, (payload,), self._landed)
+
+    def _take(self) -> list[_Waiting]:
+        """Return the calls of the next batch: all of one time, if one is given."""
+        batch: list[_Waiting] = []
+        late_s = self._loop.time() + self._timeout_s / 4
+        epoch = self._realm.mirror.epoch
+        while self._queue and len(batch) < MAX_CALLS:
+            waiting = self._queue[0]
+            if batch and waiting.now_us != batch[0].now_us:
+                break
+            self._queue.popleft()
+            call = waiting.call
+            if call.kind is Kind.SETTLE:
+                batch.append(waiting)
+            elif waiting.future.done():
+                pass  # cancelled, and not sent
+            elif waiting.until_s < late_s:
+                self._without_redis(waiting, str(self._too_slow()))
+            elif call.kind is Kind.RESERVE and call.handle is not None and call.handle.epoch != epoch:
+                waiting.future.set_exception(StaleHandle(_STALE))
+            else:
+                batch.append(waiting)
+        return batch
+
+    def _late(self) -> None:
+        self._link.drop(self._too_slow())
+
+    def _landed(self, answer: Any) -> None:  # noqa: ANN401 - of the script, or a LinkLost
+        """Take in what came of the batch under way, and send the next."""
+        batch, self._flying = self._flying, []
+        if self._timer is not None:
+            self._timer.cancel()
+        if isinstance(answer, LinkLost):
+            self._broke(batch, answer)
+            return
+        try:
+            stale = self._hand_out(batch, answer)
+        except Exception:
+            _log.exception(_FAULT)
+            self._broke(batch, LinkLost(_FAULT))
+            return
+        if stale:
+            self._task = self._loop.create_task(self._refresh_for(stale))
+        else:
+            self._go_on()
+
+    def _hand_out(self, batch: list[_Waiting], answer: bytes) -> list[_Waiting]:
+        """Tell the callers what came of their calls; return those whose plan is stale."""
+        reply = decode([waiting.call for waiting in batch], answer)
+        self.stats["batches"] += 1
+        self.stats["batched"] += len(batch)
+        self._count(reply)
+        stale = []
+        for waiting, result in zip(batch, reply.results, strict=True):
+            if result is STALE:
+                stale.append(waiting)
+            elif not waiting.future.done():
+                waiting.future.set_result(result)
+            else:
+                self._undo_for(waiting, result)
+        return stale
+
+    def _undo_for(self, waiting: _Waiting, result: Result) -> None:
+        """Undo what a call reserved that has been cancelled while it was under way."""
+        if waiting.call.kind is Kind.RESERVE and isinstance(result, Outcome) and result.allowed:
+            self.undo(result)
+
+    def _go_on(self) -> None:
+        if self._queue:
+            self._fly()
+        else:
+            self._busy = False
+
+    async def _refresh_for(self, stale: list[_Waiting]) -> None:
+        """Learn the budgets anew, and only then let callers try again."""
+        try:
+            await self.refresh()
+        except LinkLost as error:
+            self._broke(stale, LinkLost(str(error), undone=True, at_once=error.at_once))
+            return
+        for waiting in stale:
+            if not waiting.future.done():
+                waiting.future.set_exception(StaleHandle(_STALE))
+        self._go_on()
+
+    def _broke(self, batch: list[_Waiting], error: LinkLost) -> None:
+        """A batch's answer did not come. What it may have reserved stays taken; what it settles is sent again."""
+        if error.undone:
+            self._queue.extendleft(reversed(batch))
+        else:
+            self.stats["unanswered"] += 1
+            settlements = [waiting.call for waiting in batch if waiting.call.kind is Kind.SETTLE]
+            if settlements:
+                self._unanswered = (self._number, settlements)
+            for waiting in batch:
+                if waiting.call.kind is not Kind.SETTLE:
+                    self._without_redis(waiting, str(error))
+                elif not waiting.future.done():
+                    waiting.future.set_result(0)
+        self._link.drop(error)
+        if not error.at_once:
+            self._stand_alone(str(error))
+        self._task = self._loop.create_task(self._return())
+
+    # --- while it is not up -------------------------------------------------------------------------------------
+
+    async def _return(self) -> None:
+        """Try to come back until that succeeds, then go on."""
         pause_s = FIRST_PAUSE_S
         while True:
             try:
                 async with asyncio.timeout_at(self._patience_s()):
                     await self._come_back()
-                pause_s = FIRST_PAUSE_S
-                self._up()
-                await self._serve()
+                break
             except LinkLost as error:
-                await self._down(str(error))
+                trouble = error
             except TimeoutError:
-                await self._down(self._too_slow())
+                trouble = self._too_slow()
             except Exception:
-                _log.exception("a batch failed inside TokenGuard")
-                await self._down("a batch failed inside TokenGuard")
-            if self.trouble is not None:
-                await asyncio.sleep(pause_s * (1 + secrets.randbelow(100) / 200))
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+                _log.exception(_FAULT)
+                trouble = LinkLost(_FAULT)
+            self._link.drop(trouble)
+            self._stand_alone(str(trouble))
+            await asyncio.sleep(pause_s * (1 + secrets.randbelow(100) / 200))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        if self.trouble is not None:
+            _log.warning("Redis is back: budgets are shared again")
+            self.trouble = None
+        self._has_been_tried()
+        self._go_on()
 
     def _patience_s(self) -> float | None:
         """Return until when those who wait will wait for Redis to come back, if they still do."""
@@ -235,156 +399,43 @@ class Lane:
 
     async def _come_back(self) -> None:
         """Read the budgets, settle what is owed, and see that Redis can be written to."""
-        await self._within(self._timeout_s, self._link.greet())
         await self.refresh()
         await self._settle_up()
         while True:
             self._number += 1
             self._unanswered = (self._number, self._owed.take())
             await self._settle_up()
-            if not self._owed:
+            if not len(self._owed):
                 return
 
     async def _settle_up(self) -> None:
-        """Send settlements whose answer did not come once more, under their old number."""
+        """Send settlements, again if their answer did not come before, under one number."""
         if self._unanswered is None:
             return
         number, calls = self._unanswered
-        self._count(await self._send(calls, number, recorded=True))
+        keys, payload = self._encoded(calls, number, recorded=True)
+        self._count(decode(calls, await self.run(CALLS, keys, (payload,))))
         self._unanswered = None
 
-    def _up(self) -> None:
-        if self.trouble is not None:
-            _log.warning("Redis is back: budgets are shared again")
-            self.trouble = None
-        if not self._tried.done():
-            self._tried.set_result(None)
-
-    async def _down(self, trouble: str) -> None:
+    def _stand_alone(self, trouble: str) -> None:
+        """Let the policy decide on all that wait, and on all that come until Redis is back."""
         if self.trouble is None:
             self.stats["outages"] += 1
             _log.error(
                 "Redis is not to be had: %s; until it is back, the policy is %r", trouble, self._policy.name
             )
-        self._stand_alone(trouble)
-        await self._link.drop()
-
-    def _stand_alone(self, trouble: str) -> None:
-        """Let the policy decide on all that wait, and on all that come until Redis is back."""
         self.trouble = trouble
+        self._has_been_tried()
+        while self._queue:
+            self._without_redis(self._queue.popleft(), trouble)
+
+    def _has_been_tried(self) -> None:
         if not self._tried.done():
             self._tried.set_result(None)
-        while self._queue:
-            self._without_redis(self._queue.popleft())
 
-    async def _serve(self) -> None:
-        """Send batch after batch, until one fails.
-
-        Raises:
-            LinkLost: It is not worth trying again at once.
-        """
-        while True:
-            if not self._queue:
-                self._idle = self._loop.create_future()
-                await self._idle
-            if not (batch := self._take()):
-                continue
-            self._number += 1
-            try:
-                stale = await self._carry_out(batch)
-            except BaseException as error:
-                self._broke(batch, str(error) or "TokenGuard is stopping")
-                if isinstance(error, LinkLost) and error.at_once:
-                    await self._link.drop()
-                    return
-                raise
-            if stale:
-                await self._refresh_for(stale)
-
-    def _take(self) -> list[_Waiting]:
-        """Return the calls of the next batch: all of one time, if one is given."""
-        batch: list[_Waiting] = []
-        late_s = self._loop.time() + self._timeout_s / 4
-        while self._queue and len(batch) < MAX_CALLS:
-            waiting = self._queue[0]
-            if batch and waiting.now_us != batch[0].now_us:
-                break
-            self._queue.popleft()
-            if waiting.until_s < late_s:
-                self._without_redis(waiting, self._too_slow())
-            elif self._is_wanted(waiting):
-                batch.append(waiting)
-        return batch
-
-    def _is_wanted(self, waiting: _Waiting) -> bool:
-        """Return whether a call is still to be sent: nobody has cancelled it, nor has its plan gone stale."""
-        if waiting.call.kind is Kind.SETTLE:
-            return True
-        return not waiting.future.done() and not self._is_stale(waiting)
-
-    def _is_stale(self, waiting: _Waiting) -> bool:
-        call = waiting.call
-        if call.kind is not Kind.RESERVE or call.handle is None or call.handle.epoch == self._realm.mirror.epoch:
-            return False
-        waiting.future.set_exception(StaleHandle(_STALE))
-        return True
-
-    async def _carry_out(self, batch: list[_Waiting]) -> list[_Waiting]:
-        """Send a batch and tell the callers what came of it; return those whose plan is stale."""
-        calls = [waiting.call for waiting in batch]
-        recorded = any(call.kind is Kind.SETTLE for call in calls)
-        left_s = batch[0].until_s - self._loop.time()
-        reply = await self._send(calls, self._number, recorded=recorded, now_us=batch[0].now_us, within_s=left_s)
-        self._count(reply)
-        self.stats["batched"] += len(batch)
-        stale = []
-        for waiting, result in zip(batch, reply.results, strict=True):
-            if result is STALE:
-                stale.append(waiting)
-            else:
-                self._hand_over(waiting, result)
-        return stale
-
-    def _hand_over(self, waiting: _Waiting, result: Result) -> None:
-        if not waiting.future.done():
-            waiting.future.set_result(result)
-        elif isinstance(result, Outcome) and result.allowed and waiting.call.kind is Kind.RESERVE:
-            self.undo(result)
-
-    def undo(self, outcome: Outcome) -> None:
-        """Give back what an allowed outcome took, for whoever asked for it has gone."""
-        handle: RedisHandle | OwnHandle = outcome.handle
-        deltas = tuple(-outcome.cost(i) for i in range(len(outcome)))
-        if isinstance(handle, OwnHandle):
-            self._policy.settle(handle, deltas)
-            self.owe(handle.redis, deltas)
-        else:
-            self.ask(Kind.SETTLE, handle, deltas)
-
-    async def _refresh_for(self, stale: list[_Waiting]) -> None:
-        try:
-            await self.refresh()
-        finally:
-            for waiting in stale:
-                if not waiting.future.done():
-                    waiting.future.set_exception(StaleHandle(_STALE))
-
-    def _broke(self, batch: list[_Waiting], trouble: str) -> None:
-        """A batch's answer did not come. What it reserved stays taken; what it settles will be sent again."""
-        self.stats["unanswered"] += 1
-        settlements = [waiting.call for waiting in batch if waiting.call.kind is Kind.SETTLE]
-        if settlements:
-            self._unanswered = (self._number, settlements)
-        for waiting in batch:
-            if waiting.call.kind is not Kind.SETTLE:
-                self._without_redis(waiting, trouble)
-            elif not waiting.future.done():
-                waiting.future.set_result(0)
-
-    def _without_redis(self, waiting: _Waiting, trouble: str | None = None) -> None:
+    def _without_redis(self, waiting: _Waiting, trouble: str) -> None:
         """Let the policy decide on a call."""
         kind, refs, amounts, handle = waiting.call
-        trouble = trouble or self.trouble or ""
         future = waiting.future
         if kind is Kind.SETTLE:
             self._owed.add(refs, amounts)
@@ -394,7 +445,9 @@ class Lane:
             pass
         elif kind is Kind.PEEK:
             future.set_exception(BackendDown(f"the shared budgets cannot be reached: {trouble}"))
-        elif not self._is_stale(waiting):
+        elif handle.epoch != self._realm.mirror.epoch:
+            future.set_exception(StaleHandle(_STALE))
+        else:
             try:
                 outcome = self._policy.reserve(handle, amounts, trouble)
             except TokenGuardError as error:
@@ -402,36 +455,20 @@ class Lane:
                 return
             if outcome.allowed:
                 self.stats["own"] += 1
-                self._owed.add(refs, amounts)
+                self.owe(handle, amounts)
             future.set_result(outcome)
 
-    # --- the way to Redis -------------------------------------------------------------------------------------
+    # --- the words of the scripts -------------------------------------------------------------------------------
 
-    async def _send(
-        self,
-        calls: list[Call],
-        number: int,
-        *,
-        recorded: bool,
-        now_us: int | None = None,
-        within_s: float | None = None,
-    ) -> Reply:
+    def _encoded(
+        self, calls: Sequence[Call], number: int, *, recorded: bool, now_us: int | None = None
+    ) -> tuple[list[bytes], bytes]:
         keys, payload = encode(calls, number, self._realm.mirror.epoch, recorded=recorded, now_us=now_us)
-        keys = [self._realm.epoch_key, self._record_key, *keys]
-        self.stats["batches"] += 1
-        run = self._link.run(CALLS, keys, (payload,))
-        return decode(calls, await self._within(within_s or self._timeout_s, run))
+        return [self._realm.epoch_key, self._record_key, *keys], payload
 
-    async def _within(self, limit_s: float, answer: Awaitable[T]) -> T:
-        try:
-            async with asyncio.timeout(limit_s):
-                return await answer
-        except TimeoutError:
-            raise LinkLost(self._too_slow()) from None
-
-    def _too_slow(self) -> str:
-        return f"no answer within {self._timeout_s:g} s"
+    def _too_slow(self) -> LinkLost:
+        return LinkLost(f"no answer within {self._timeout_s:g} s")
 
     def _count(self, reply: Reply) -> None:
-        self.stats["forgiven"] += reply.forgiven + sum(r for r in reply.results if isinstance(r, int))
+        self.stats["forgiven"] += reply.forgiven
         self.stats["clock_steps"] += reply.clock_steps

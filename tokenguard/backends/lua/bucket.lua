@@ -15,34 +15,42 @@ local call = redis.call
 
 local scales = {}
 
--- Returns the scale that a text names, always the same table for the same text.
-local function scale_of(text)
-    local scale = scales[text]
-    if not scale then
-        local capacity, debt, gain, unit, tick_us = match(text, '^(%d+) (%d+) (%d+) (%d+) (%d+)$')
-        scale = {
-            text = text,
-            capacity = tonumber(capacity),
-            debt = tonumber(debt),
-            gain = tonumber(gain),
-            unit = tonumber(unit),
-            tick_us = tonumber(tick_us),
-        }
-        scale.full = scale.capacity * scale.unit
-        scales[text] = scale
-    end
+-- Makes a scale known by its text.
+local function know(text, capacity, debt, gain, unit, tick_us)
+    local scale = {
+        text = text,
+        capacity = capacity,
+        debt = debt,
+        gain = gain,
+        unit = unit,
+        tick_us = tick_us,
+        full = capacity * unit,
+    }
+    scales[text] = scale
     return scale
 end
 
--- Returns a new bucket: it is full. `there` says whether it is to be found in Redis.
-local function full(scale, now_us)
-    return { level = scale.full, tick = floor(now_us / scale.tick_us), scale = scale, there = false }
+-- Returns the scale that a text names, always the same table for the same text.
+local function scale_of(text)
+    if scales[text] then return scales[text] end
+    local capacity, debt, gain, unit, tick_us = match(text, '^(%d+) (%d+) (%d+) (%d+) (%d+)$')
+    return know(text, tonumber(capacity), tonumber(debt), tonumber(gain), tonumber(unit), tonumber(tick_us))
 end
 
--- Returns a bucket as it is stored.
-local function read(value)
-    local level, tick, text = match(value, '^(%-?%d+) (%d+) (.+)$')
-    return { level = tonumber(level), tick = tonumber(tick), scale = scale_of(text), there = true }
+-- Returns a bucket: as it is stored, or full if it is not.
+--   there    whether it is, or is to be, found in Redis
+--   current  whether it has been refilled up to now
+--   dirty    whether it has to be written
+local function bucket_of(key, value, scale, now_us)
+    local level, tick, text
+    if value then
+        level, tick, text = match(value, '^(%-?%d+) (%d+) (.+)$')
+        level, tick, scale = tonumber(level), tonumber(tick), scales[text] or scale_of(text)
+    else
+        level, tick = scale.full, floor(now_us / scale.tick_us)
+    end
+    local there = value and true
+    return { key = key, level = level, tick = tick, scale = scale, there = there, current = not there, dirty = false }
 end
 
 -- Brings a bucket up to now; returns whether the clock had stepped back so far that it is believed.
@@ -95,16 +103,17 @@ local function full_in_us(bucket, now_us)
 end
 
 -- Writes a bucket. It expires a second after it will be full, for then it cannot be told from a new one.
-local function store(key, bucket, now_us, expires)
-    local scale = bucket.scale
-    local value = format('%.0f %.0f %s', bucket.level + 0, bucket.tick, scale.text) -- + 0: no "-0"
+local function store(bucket, now_us, expires)
+    local key, scale = bucket.key, bucket.scale
+    -- %d prints whole numbers up to 2^53 and no "-0"; tostring() and .. print 14 digits.
+    local value = format('%d %d %s', bucket.level, bucket.tick, scale.text)
     local wait_us = expires and full_in_us(bucket, now_us) or NEVER
     if wait_us >= NEVER then
         call('SET', key, value)
     elseif wait_us == 0 and bucket.tick * scale.tick_us <= now_us then
         call('DEL', key)
     else
-        call('SET', key, value, 'PX', format('%.0f', ceil(wait_us / 1000) + 1000))
+        call('SET', key, value, 'PX', format('%d', ceil(wait_us / 1000) + 1000))
     end
 end
 

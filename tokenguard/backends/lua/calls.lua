@@ -3,14 +3,14 @@
 -- KEYS[1]  the epoch of the budgets
 -- KEYS[2]  the record of the lane that sends: the number of the last batch of its that was kept on record
 -- KEYS[3…] buckets, in any order
--- ARGV[1]  msgpack: [number, recorded, epoch, now_us, scales, scale_of, calls]
+-- ARGV[1]  msgpack: [number, recorded, epoch, now_us, scales, scale_at, calls]
 --          number    of this batch, above those of all before it in its lane; if it is not above the record, the
 --                    batch came late or for a second time, and nothing is done
 --          recorded  whether to keep the number on record: a batch that may be sent again must be
 --          epoch     that the plans were made under; under another one, no reserve is evaluated
 --          now_us    the time in µs, for tests: nothing expires then; false asks the clock of Redis
---          scales    texts "C D r q tau": capacity and debt in tokens, units per tick, units per token, µs per tick
---          scale_of  for each bucket the position in `scales` of the one that its budget has
+--          scales    one after the other: the text "C D r q tau" as it is stored, then C, D, r, q, tau
+--          scale_at  for each bucket the position in `scales` of the text of the one that its budget has
 --          calls     one after the other: kind, n, n positions of buckets (the first is 1), n amounts in tokens
 --                    kind 1 reserves (amounts are costs), 2 settles (amounts are deltas), 3 peeks (and has none)
 -- Returns  msgpack: [done, now_us, forgiven, clock_steps, results …], of which only `done` = 0 if nothing was done;
@@ -28,53 +28,52 @@ if tonumber(values[2] or 0) >= number then return cmsgpack.pack({ 0 }) end
 
 local current = values[1] == epoch
 local now_us = given_us or clock_us()
-local states, wants, dirty = {}, {}, {}
 local forgiven, clock_steps = 0, 0
 
-local by_key = {}
+for i = 1, #texts, 6 do
+    know(unpack(texts, i, i + 5))
+end
+
+-- One bucket may be named twice, under two scales: the one a budget has now, and the one it had.
+local buckets, wants, by_key, dirty = {}, {}, {}, {}
 for i = 3, #KEYS do
-    local key = KEYS[i]
-    local want = scale_of(texts[scale_at[i - 2]])
-    local state = by_key[key]
-    if not state then
-        state = values[i] and read(values[i]) or full(want, now_us)
-        state.key = key
-        by_key[key] = state
+    local key, want = KEYS[i], scales[texts[scale_at[i - 2]]]
+    local bucket = by_key[key]
+    if not bucket then
+        bucket = bucket_of(key, values[i], want, now_us)
+        by_key[key] = bucket
     end
-    states[i - 2], wants[i - 2] = state, want
+    buckets[i - 2], wants[i - 2] = bucket, want
 end
 
-local function change(state)
-    if not state.dirty then
-        state.dirty = true
-        dirty[#dirty + 1] = state
+local function change(bucket)
+    if not bucket.dirty then
+        bucket.dirty = true
+        dirty[#dirty + 1] = bucket
     end
 end
 
-local function catch_up(state)
-    if not state.now and state.there then
-        if refill(state, now_us) then
-            clock_steps = clock_steps + 1
-            change(state)
-        end
-        state.now = true
+local function catch_up(bucket)
+    if refill(bucket, now_us) then
+        clock_steps = clock_steps + 1
+        change(bucket)
     end
+    bucket.current = true
 end
 
 -- Returns a bucket as of now and under the scale wanted. A changed scale is kept, even on a refusal.
 local function bring_up(i)
-    local state, want = states[i], wants[i]
-    catch_up(state)
-    if state.scale ~= want then
-        if state.there then
-            forgiven = forgiven + convert(state, want, now_us)
-            change(state)
+    local bucket, want = buckets[i], wants[i]
+    if not bucket.current then catch_up(bucket) end
+    if bucket.scale ~= want then
+        if bucket.there then
+            forgiven = forgiven + convert(bucket, want, now_us)
+            change(bucket)
         else
-            local new = full(want, now_us)
-            state.level, state.tick, state.scale = new.level, new.tick, want
+            bucket.scale, bucket.level, bucket.tick = want, want.full, floor(now_us / want.tick_us)
         end
     end
-    return state
+    return bucket
 end
 
 local results = { 1, now_us, 0, 0 }
@@ -84,21 +83,20 @@ local last = 4
 local function reserve(at, n)
     local passes = true
     for i = at + 1, at + n do
-        local state, cost = bring_up(calls[i]), calls[i + n]
-        if cost > 0 and (cost > state.scale.capacity or state.level < cost * state.scale.unit) then
-            passes = false
-        end
+        local bucket, cost = bring_up(calls[i]), calls[i + n]
+        local scale = bucket.scale
+        if cost > 0 and (cost > scale.capacity or bucket.level < cost * scale.unit) then passes = false end
     end
     last = last + 1
     results[last] = passes and 1 or 0
     for i = at + 1, at + n do
-        local state, cost = states[calls[i]], calls[i + n]
+        local bucket, cost = buckets[calls[i]], calls[i + n]
         if passes and cost > 0 then
-            state.level = state.level - cost * state.scale.unit
-            state.there = true
-            change(state)
+            bucket.level = bucket.level - cost * bucket.scale.unit
+            bucket.there = true
+            change(bucket)
         end
-        results[last + 1], results[last + 2] = state.level, state.tick
+        results[last + 1], results[last + 2] = bucket.level, bucket.tick
         last = last + 2
     end
 end
@@ -106,15 +104,15 @@ end
 local function settle(at, n)
     local lost = 0
     for i = at + 1, at + n do
-        local state, delta = states[calls[i]], calls[i + n]
-        if delta > 0 and not state.there then
+        local bucket, delta = buckets[calls[i]], calls[i + n]
+        if delta > 0 and not bucket.there then
             bring_up(calls[i])
-            state.there = true
+            bucket.there = true
         end
-        if delta ~= 0 and state.there then
-            catch_up(state)
-            lost = lost + charge(state, delta)
-            change(state)
+        if delta ~= 0 and bucket.there then
+            if not bucket.current then catch_up(bucket) end
+            lost = lost + charge(bucket, delta)
+            change(bucket)
         end
     end
     last = last + 1
@@ -123,10 +121,10 @@ end
 
 local function peek(at, n)
     for i = at + 1, at + n do
-        local state, want = states[calls[i]], wants[calls[i]]
-        local copy = full(want, now_us)
-        if state.there then
-            copy = { level = state.level, tick = state.tick, scale = state.scale }
+        local bucket, want = buckets[calls[i]], wants[calls[i]]
+        local copy = bucket_of(nil, nil, want, now_us)
+        if bucket.there then
+            copy.level, copy.tick, copy.scale = bucket.level, bucket.tick, bucket.scale
             refill(copy, now_us)
             if copy.scale ~= want then convert(copy, want, now_us) end
         end
@@ -156,11 +154,11 @@ while calls[at] do
     end
 end
 
-for _, state in ipairs(dirty) do
-    store(state.key, state, now_us, not given_us)
+for i = 1, #dirty do
+    store(dirty[i], now_us, not given_us)
 end
 if recorded then
-    call('SET', KEYS[2], format('%.0f', number), 'PX', RECORD_MS)
+    call('SET', KEYS[2], format('%d', number), 'PX', RECORD_MS)
 end
 results[3], results[4] = forgiven, clock_steps
 return cmsgpack.pack(results)

@@ -19,7 +19,7 @@ if ARGV[2] ~= '' then
 elseif redis.call('HDEL', KEYS[2], ARGV[1]) == 0 then
     return { 0, 0, 0 }
 end
-redis.call('SET', KEYS[1], format('%.0f:%s', match(epoch, '^(%d+):') + 1, ARGV[5]))
+redis.call('SET', KEYS[1], format('%d:%s', match(epoch, '^(%d+):') + 1, ARGV[5]))
 
 if ARGV[3] == '' then
     redis.call('DEL', KEYS[3])
@@ -30,7 +30,7 @@ local expires = ARGV[6] == ''
 local now_us = expires and clock_us() or tonumber(ARGV[6])
 local want, level = scale_of(ARGV[3]), tonumber(ARGV[4])
 local value = redis.call('GET', KEYS[3])
-local bucket = value and read(value) or full(want, now_us)
+local bucket = bucket_of(KEYS[3], value, want, now_us)
 local forgiven, clock_steps = 0, 0
 if value then
     if refill(bucket, now_us) then clock_steps = 1 end
@@ -40,5 +40,5 @@ if level and (value or level < want.capacity) then
     bucket.level = level * want.unit
     bucket.there = true
 end
-if bucket.there then store(KEYS[3], bucket, now_us, expires) end
+if bucket.there then store(bucket, now_us, expires) end
 return { 1, forgiven, clock_steps }
