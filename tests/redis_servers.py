@@ -1,4 +1,4 @@
-"""Real servers that keep buckets, started and stopped by the tests: Redis or Valkey, alone, watched, in a cluster."""
+"""Real servers that keep buckets, started and stopped by the tests: Redis or Valkey, alone or in a cluster."""
 
 from __future__ import annotations
 
@@ -36,6 +36,15 @@ def valkey_command() -> str:
     return str(get_binary_path())
 
 
+def shifted_clock(folder: Path, seconds: int) -> dict[str, str]:
+    """Return what in a server's environment shifts its clock; its timers run as ever."""
+    library = folder / "shifted_clock.so"
+    source = Path(__file__).with_name("shifted_clock.c")
+    compiler = os.environ.get("CC", "cc").split()
+    subprocess.run([*compiler, "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
+    return {"LD_PRELOAD": str(library), "SHIFTED_BY_S": str(seconds)}
+
+
 def free_port() -> int:
     """Return a port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -50,14 +59,16 @@ class RedisServer:
         command: The command; redis-server by default.
         port: The port; a free one by default.
         environ: What to add to the environment.
+        login: How clients log in, as redis-py takes it.
     """
 
-    def __init__(self, *options, command=None, port=None, environ=None):
+    def __init__(self, *options, command=None, port=None, environ=None, login=None):
         self.port = port or free_port()
         self._options = [str(option) for option in options]
         self._command = command or command_of("redis-server")
         self._environ = {**os.environ, **(environ or {})}
         self._folder = tempfile.TemporaryDirectory(prefix="redis-")
+        self._login = login or {}
         self.process = None
 
     def __repr__(self):
@@ -75,30 +86,31 @@ class RedisServer:
 
     def client(self, **more):
         """Return a client of its own, which gives up after a few seconds and tries nothing twice."""
-        more = {"port": self.port, "socket_timeout": 5, "decode_responses": True, **more}
+        more = {"port": self.port, "socket_timeout": 5, "decode_responses": True, **self._login, **more}
         return redis.Redis(retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0), **more)
 
-    def start(self, **client):
-        """Start it, empty, and wait until it answers.
-
-        Args:
-            **client: How to log in.
-        """
+    def start(self):
+        """Start it, empty, and wait until it answers."""
         folder = self._folder.name
-        call = [self._command, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        call += ["--dir", folder, *self._options]
         with Path(folder, "log").open("ab") as log:
-            self.process = subprocess.Popen(call, stdout=log, stderr=log, env=self._environ)
+            self.process = subprocess.Popen(self.call(folder), stdout=log, stderr=log, env=self._environ)
         deadline = time.monotonic() + START_SECONDS
         while self.process.poll() is None and time.monotonic() < deadline:
             try:
-                with self.client(**client) as connection:
+                with self.client() as connection:
                     connection.ping()
             except (redis.ConnectionError, redis.TimeoutError):
                 time.sleep(0.01)
             else:
                 return self
-        pytest.fail(f"the server does not start:\n{self.log}", pytrace=False)
+        log = self.log
+        self.close()
+        pytest.fail(f"the server does not start:\n{log}", pytrace=False)
+
+    def call(self, folder):
+        """Return its command line."""
+        call = [self._command, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        return [*call, "--dir", folder, *self._options]
 
     def kill(self):
         """Kill it: all that it knew is gone."""

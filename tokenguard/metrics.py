@@ -8,7 +8,7 @@ Source: https://prometheus.io/docs/practices/naming/
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
@@ -134,21 +134,40 @@ class BackendCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """Yield them as they are now."""
         stats = self._backend.stats()
-        yield GaugeMetricFamily("tokenguard_buckets", "Buckets that there is room for.", stats["buckets"])
-        yield GaugeMetricFamily("tokenguard_buckets_used", "Buckets in use.", stats["used"])
-        for name, shown, what in _BACKEND_COUNTERS:
-            yield CounterMetricFamily(f"tokenguard_{shown}", what, stats[name])
+        for kind, metrics in _BACKEND_METRICS.items():
+            for name, shown, what in metrics:
+                if name in stats:
+                    yield kind(f"tokenguard_{shown}", what, stats[name])
         info = GaugeMetricFamily("tokenguard_info", "What runs.", labels=("version",))
         info.add_metric((__version__,), 1)
         yield info
 
 
-_BACKEND_COUNTERS = (
-    ("reclaimed", "buckets_reclaimed", "Full buckets that made room for others."),
-    ("refused_full", "buckets_refused", "Calls refused because no bucket was free."),
-    ("clock_steps", "clock_steps", "Times that the clock went back by more than a second."),
-    ("forgiven", "tokens_forgiven", "Tokens that fell below the floor of a bucket's debt, summed over buckets."),
-)
+_BACKEND_METRICS: dict[Callable[[str, str, int], Metric], tuple[tuple[str, str, str], ...]] = {
+    GaugeMetricFamily: (
+        ("buckets", "buckets", "Buckets that there is room for."),
+        ("used", "buckets_used", "Buckets in use."),
+        ("up", "redis_up", "Whether budgets are shared: 0 while Redis is not to be had."),
+        ("owed", "redis_owed_buckets", "Buckets of which Redis has to be told something when it is back."),
+    ),
+    CounterMetricFamily: (
+        ("reclaimed", "buckets_reclaimed", "Full buckets that made room for others."),
+        ("refused_full", "buckets_refused", "Calls refused because no bucket was free."),
+        ("clock_steps", "clock_steps", "Times that the clock went back by more than a second."),
+        (
+            "forgiven",
+            "tokens_forgiven",
+            "Tokens that fell below the floor of a bucket's debt, summed over buckets.",
+        ),
+        ("batches", "redis_batches", "Scripts that Redis ran for calls."),
+        ("batched", "redis_batched", "Calls that it evaluated in them."),
+        ("unanswered", "redis_unanswered", "Batches whose answer did not come: what they reserved stays taken."),
+        ("outages", "redis_outages", "Times that Redis was lost."),
+        ("own", "redis_own", "Calls that were admitted without Redis, as the policy says."),
+        ("dropped", "redis_dropped_tokens", "Tokens of settlements forgotten for want of room."),
+    ),
+}
+"""For each counter of a backend, as what it is shown; no backend has all."""
 
 
 def _counter(registry: CollectorRegistry, name: str, what: str) -> Counter:

@@ -1,89 +1,51 @@
-"""Real parts beside the code: a Redis server of the tests' own."""
-
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import dataclass
-from pathlib import Path
+"""Real parts beside the code: Redis servers of the tests' own."""
 
 import pytest
 
-START_SECONDS = 10
-
-
-@dataclass(frozen=True)
-class RedisServer:
-    """A Redis server that listens on a socket file only, and keeps nothing on disk."""
-
-    path: Path
-    pid: int
-
-    @property
-    def url(self) -> str:
-        """The address as ``REDIS_URL`` has it."""
-        return f"unix://{self.path}"
-
-    def connect(self) -> socket.socket:
-        """Open a connection of its own, which gives up after a few seconds."""
-        connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(START_SECONDS)
-        try:
-            connection.connect(str(self.path))
-        except OSError:
-            connection.close()
-            raise
-        return connection
-
-
-def redis_command() -> str:
-    """Find redis-server: beside this Python first, where ``tests/get-redis`` puts it, and then on PATH."""
-    beside = Path(sys.executable).parent
-    command = shutil.which("redis-server", path=beside) or shutil.which("redis-server")
-    if command is None:
-        pytest.fail("there is no redis-server: run make test, or tests/get-redis", pytrace=False)
-    return command
+from tests.nodes import Node
+from tests.proxy import Road
+from tests.redis_servers import RedisServer, valkey_command
 
 
 @pytest.fixture(scope="session")
 def redis_server():
-    """Start a Redis server for the whole run, and stop it after the last test."""
-    command = redis_command()
-    # NOTE: not pytest's own folder; the path of a socket file may have no more than 107 bytes.
-    with tempfile.TemporaryDirectory(prefix="redis-") as folder:
-        path, log = Path(folder, "socket"), Path(folder, "log")
-        call = [
-            command,
-            "--port",
-            "0",
-            "--unixsocket",
-            path,
-            "--save",
-            "",
-            "--appendonly",
-            "no",
-            "--dir",
-            folder,
-        ]
-        with log.open("wb") as output, subprocess.Popen(call, stdout=output, stderr=output) as process:
-            server = RedisServer(path, process.pid)
-            try:
-                wait_until_ready(server, process, log)
-                yield server
-            finally:
-                process.terminate()
-                process.wait(START_SECONDS)
+    """A server for the whole run, for tests that leave it as it is."""
+    with RedisServer() as server:
+        yield server
 
 
-def wait_until_ready(server, process, log):
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            server.connect().close()
-        except OSError:
-            time.sleep(0.01)
-        else:
-            return
-    pytest.fail(f"redis-server does not start:\n{log.read_text()}", pytrace=False)
+@pytest.fixture(scope="session")
+def valkey_server():
+    """A Valkey for the whole run, likewise."""
+    with RedisServer(command=valkey_command()) as server:
+        yield server
+
+
+@pytest.fixture(params=["redis", "valkey"])
+def shared(request):
+    """A server of each kind, emptied."""
+    server = request.getfixturevalue(f"{request.param}_server")
+    with server.client() as client:
+        client.flushall()
+    return server
+
+
+@pytest.fixture
+def redis():
+    """A server of the test's own, which it may torture."""
+    with RedisServer("--enable-debug-command", "yes") as server:
+        yield server
+
+
+@pytest.fixture
+def node(redis):
+    """A node on it, which is closed to callers when Redis is lost."""
+    with Node(redis.url) as node:
+        yield node
+
+
+@pytest.fixture
+def road(redis):
+    """A road to the test's own server."""
+    with Road(redis.port) as road:
+        yield road

@@ -28,7 +28,8 @@ HOMES = {
     "uvicorn": {"server"},
     "click": {"cli"},
     "httpx": {"upstream", "provider_limits", "library", "cli"},
-    "redis": {"backends.redis"},
+    "redis": {"backends.link"},
+    "hiredis": {"backends.link"},
     "dotenv": ROOTS,
     "prometheus_client": {"metrics"},
 }

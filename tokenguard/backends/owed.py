@@ -14,8 +14,9 @@ MAX_BUCKETS = 100_000
 class Owed:
     """Amounts add up by bucket, so that an outage of any length takes bounded memory.
 
-    Refunds are settled before charges, whatever the order in which they came: a refund to a bucket that has filled
-    up meanwhile is lost, and must not pay for what was spent.
+    A refund makes what is owed less. What it exceeds that by gives back what Redis was told of; it is settled before
+    the charges that came after it: had the bucket been full then, it would have been lost, and it must not pay for
+    what was spent since.
 
     Attributes:
         dropped: How many tokens were not remembered for want of room.
@@ -32,13 +33,23 @@ class Owed:
     def add(self, refs: Iterable[Ref], amounts: Iterable[int]) -> None:
         """Remember deltas of either sign."""
         for ref, amount in zip(refs, amounts, strict=True):
-            if not amount:
-                continue
-            owed = self._charges if amount > 0 else self._refunds
-            if ref in owed or len(self) < MAX_BUCKETS:
-                owed[ref] = owed.get(ref, 0) + amount
-            else:
-                self.dropped += abs(amount)
+            if amount > 0:
+                self._remember(self._charges, ref, amount)
+            elif amount < 0:
+                self._refund(ref, -amount)
+
+    def _refund(self, ref: Ref, amount: int) -> None:
+        charged = self._charges.pop(ref, 0)
+        if charged > amount:
+            self._charges[ref] = charged - amount
+        elif charged < amount:
+            self._remember(self._refunds, ref, charged - amount)
+
+    def _remember(self, owed: dict[Ref, int], ref: Ref, amount: int) -> None:
+        if ref in owed or len(self) < MAX_BUCKETS:
+            owed[ref] = owed.get(ref, 0) + amount
+        else:
+            self.dropped += abs(amount)
 
     def take(self) -> list[Call]:
         """Return as much as goes into one batch, as settlements, and remember it no more."""

@@ -1,0 +1,267 @@
+"""Several nodes on one Redis, or one Valkey, are as one."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+
+import pytest
+
+from tests.house import grant, named
+from tests.nodes import Node
+from tokenguard.errors import BudgetNotFound
+from tokenguard.limiter import Reservation
+from tokenguard.model import Decision, Identity, Meter
+
+
+@pytest.fixture
+def pair(shared):
+    """Two nodes."""
+    with Node(shared.url) as a, Node(shared.url) as b:
+        yield a, b
+
+
+# --- buckets ----------------------------------------------------------------------------------------------------
+
+
+def test_what_one_node_takes_is_gone_for_the_other(pair):
+    """Reserve here, find less there; settle there is not possible, but settle here is seen there."""
+    a, b = pair
+    reservation = a.taken(400)
+    assert b.level() == 600
+
+    a.limiter.settle(reservation, 450)
+
+    assert b.level() == 550
+
+
+def test_refusal_on_one_node_says_what_the_other_took(pair):
+    """The decision tells the whole state, whoever caused it."""
+    a, b = pair
+    a.set("user:alice", grant(100, 2))
+    a.taken(90)
+
+    decision = b.reserve(40)
+
+    assert isinstance(decision, Decision)
+    assert decision.binding.name == named("user:alice")
+    assert decision.binding.level == 10
+    assert 0 < decision.retry_after_us <= 15_000_000
+
+
+def test_refusal_changes_no_bucket_on_any_scope(pair):
+    """All or nothing: a call that one scope refuses leaves the others as they were."""
+    a, b = pair
+    a.set("user:alice", grant(10))
+    a.set("team:red", grant(1000))
+    a.taken(10, team="red")
+
+    assert isinstance(b.reserve(6, team="red"), Decision)
+
+    assert b.level("team:red") == 990
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------
+
+
+def test_budget_set_on_one_node_binds_the_very_next_call_on_the_other(pair):
+    """Without polling, and though the other has made its plans long ago."""
+    a, b = pair
+    b.taken(10)
+
+    a.set("user:alice", grant(20))
+
+    assert isinstance(b.reserve(11), Decision)
+    b.taken(10)
+
+
+@pytest.mark.parametrize("meter", Meter)
+@pytest.mark.parametrize("model", [None, "gpt-4o"])
+def test_budget_of_any_kind_is_shared(pair, meter, model):
+    """Tokens or requests, of one model or of all."""
+    a, b = pair
+    a.set("team:blau €", grant(2), meter=meter, model=model)
+
+    b.taken(2, team="blau €")
+
+    assert isinstance(a.reserve(2, team="blau €"), Decision) or meter is Meter.REQUESTS
+    a.reserve(1, team="blau €")
+    assert isinstance(b.reserve(1, team="blau €"), Decision)
+
+
+def test_budget_removed_on_one_node_is_gone_on_the_other(pair):
+    """The default holds again, with what was used used; and removing it twice is an error."""
+    a, b = pair
+    a.set("user:alice", grant(50))
+    b.taken(25)
+
+    b.budgets.delete(named("user:alice"))
+
+    assert a.level() == 975
+    assert a.budgets.page(b"", 9) == ([], None)
+    with pytest.raises(BudgetNotFound):
+        a.budgets.delete(named("user:alice"))
+
+
+def test_budget_list_of_one_node_shows_what_another_set(pair):
+    """Pages are in the order of the keys, with live levels, more than go into one plan at once."""
+    a, b = pair
+    for i in range(40):
+        a.set(f"user:{i:02}", grant(100 + i))
+    a.taken(50, "07")
+
+    first, after = b.budgets.page(b"", 35)
+    second, end = b.budgets.page(after, 35)
+
+    states = [*first, *second]
+    assert [state.budget.name.scope.id for state in states] == [f"{i:02}" for i in range(40)]
+    assert [state.level for state in states] == [57 if i == 7 else 100 + i for i in range(40)]
+    assert end is None
+
+
+def test_level_set_with_a_budget_is_there_at_once(pair):
+    """Also below zero."""
+    a, b = pair
+    a.set("user:alice", grant(100), level=-30)
+
+    assert b.level() == -30
+    assert isinstance(b.reserve(1), Decision)
+
+
+def test_call_is_one_round_trip_however_many_budgets_changed_before(shared, pair):
+    """A change of budgets costs each node one look at them, and calls nothing more."""
+    a, b = pair
+    a.set("user:alice", grant(500))
+    b.taken(1)
+    with shared.client() as client:
+        client.config_resetstat()
+        for _ in range(10):
+            b.taken(1)
+        assert _scripts(client) == 10
+
+        a.set("user:bob", grant(500))
+        client.config_resetstat()
+        for _ in range(10):
+            b.taken(1)
+
+        assert _scripts(client) == 12, "one call found its plan stale, and one look at the budgets"
+
+
+def _scripts(client):
+    stats = client.info("commandstats")
+    return sum(stats[name]["calls"] for name in ("cmdstat_evalsha", "cmdstat_eval") if name in stats)
+
+
+def test_plan_of_20_buckets_is_one_round_trip(shared, pair):
+    """Two meters, the model and all models, five scopes."""
+    a, b = pair
+    who = {"team": "red", "role": "dev", "rolegroup": "staff"}
+    for scope in ("global", "team:red", "rolegroup:staff", "role:dev", "user:alice"):
+        for meter in Meter:
+            for model in (None, "gpt-4o"):
+                a.set(scope, grant(1000), meter=meter, model=model)
+    b.taken(1, **who)
+    with shared.client() as client:
+        client.config_resetstat()
+        assert len(b.taken(10, **who).decision.buckets) == 20
+        assert _scripts(client) == 1
+
+
+def test_realms_do_not_know_each_other(shared):
+    """Two realms on one Redis share neither buckets nor budgets."""
+    with Node(shared.url, TOKENGUARD_REALM="north") as north, Node(shared.url, TOKENGUARD_REALM="south") as south:
+        north.set("user:alice", grant(7))
+        north.taken(7)
+
+        assert south.level() == 1000
+        assert south.budgets.page(b"", 9) == ([], None)
+
+
+# --- many callers -----------------------------------------------------------------------------------------------
+
+
+def test_threads_share_one_budget_exactly(pair):
+    """32 threads on two nodes: as many calls pass as fit."""
+    together, passed = threading.Barrier(32), []
+
+    def caller(node):
+        together.wait(10)
+        passed.extend(isinstance(node.reserve(7), Reservation) for _ in range(10))
+
+    threads = [threading.Thread(target=caller, args=(pair[i % 2],)) for i in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+
+    assert len(passed) == 320
+    assert sum(passed) == 1000 // 7
+
+
+def test_event_loop_and_threads_use_one_node_at_once(shared):
+    """Callers with and without an event loop, on one backend."""
+
+    async def crowd(node):
+        await node.backend.start()
+        threads = asyncio.gather(*[asyncio.to_thread(node.reserve, 10) for _ in range(60)])
+        tasks = asyncio.gather(*[node.reserve_soon(10) for _ in range(60)])
+        outcomes = [*await threads, *await tasks]
+        await node.backend.stop()
+        return outcomes
+
+    with Node(shared.url) as node:
+        outcomes = asyncio.run(crowd(node))
+
+    assert sum(isinstance(outcome, Reservation) for outcome in outcomes) == 100
+
+
+def test_callers_at_once_travel_together(shared):
+    """300 callers of one event loop need far fewer scripts than calls."""
+
+    async def crowd(node):
+        await node.backend.start()
+        await asyncio.gather(*[node.reserve_soon(1, f"u{i}") for i in range(300)])
+        stats = node.backend.stats()
+        await node.backend.stop()
+        return stats
+
+    with Node(shared.url) as node:
+        stats = asyncio.run(crowd(node))
+
+    assert stats["batched"] >= 300
+    assert stats["batches"] <= 20
+
+
+def test_two_nodes_hammered_for_ten_seconds_never_admit_too_much(shared):
+    """Two processes, 64 callers each, one user and one team: reserved less refunded stays below C + R·t.
+
+    Each node tells what it reserved and gave back; the clock that counts is the server's.
+    """
+    capacity, rate = 5000, Fraction(20_000)
+    with shared.client() as client:
+        began_s = _now_s(client)
+        nodes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.integration.hammer", shared.url, str(capacity), str(rate), "10"],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(2)
+        ]
+        told = [node.communicate(timeout=60)[0].split() for node in nodes]
+        granted = capacity + rate * (Fraction(_now_s(client)) - Fraction(began_s))
+
+    assert [node.returncode for node in nodes] == [0, 0]
+    allowed, refused, reserved, refunded, overrun = (sum(int(numbers[i]) for numbers in told) for i in range(5))
+    assert min(allowed, refused) > 1000, "the hammer did not hit"
+    assert reserved - refunded <= granted
+    assert reserved - refunded + overrun > granted / 2, "far less was admitted than could have been"
+    with Node(shared.url, {kind: grant(capacity, rate) for kind in ("team", "user")}) as node:
+        for state in node.limiter.peek(Identity("alice", team="red"), "m"):
+            assert state.level <= capacity
+
+
+def _now_s(client):
+    seconds, us = client.time()
+    return seconds + us / 1e6
