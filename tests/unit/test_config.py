@@ -10,6 +10,7 @@ import pytest
 from dotenv import dotenv_values
 
 from tests.house import grant
+from tokenguard.backends.redis_url import read_redis_url
 from tokenguard.config import SETTINGS, Config, read_config
 from tokenguard.errors import InvalidSetting
 
@@ -38,6 +39,11 @@ def test_empty_environment_gives_the_defaults():
             "user": grant(1_000, 5),
         },
         admin_allow=(ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128")),
+        redis=None,
+        realm="default",
+        redis_timeout_s=1.0,
+        redis_down="closed",
+        nodes=None,
         buckets=500_000,
         max_body_bytes=20 * 2**20,
         connect_timeout_s=5.0,
@@ -76,6 +82,11 @@ def test_every_setting_is_read():
             "RATE_USER": "0.5",
             "TOKENGUARD_ADMIN_TOKEN": "let me in",
             "TOKENGUARD_ADMIN_ALLOW": "10.0.0.0/8, fd00::/8,192.168.1.1",
+            "REDIS_URL": "redis://:hunter2@redis:6379/1",
+            "TOKENGUARD_REALM": "North_1.a-b",
+            "TOKENGUARD_REDIS_TIMEOUT_S": "0.25",
+            "TOKENGUARD_REDIS_DOWN": "share",
+            "TOKENGUARD_NODES": "3",
             "TOKENGUARD_BUCKETS": "10000000",
             "TOKENGUARD_MAX_BODY_BYTES": "1",
             "TOKENGUARD_CONNECT_TIMEOUT_S": "0.5",
@@ -104,6 +115,11 @@ def test_every_setting_is_read():
         },
         admin_token="let me in",
         admin_allow=tuple(map(ipaddress.ip_network, ("10.0.0.0/8", "fd00::/8", "192.168.1.1"))),
+        redis=read_redis_url("redis://:hunter2@redis:6379/1"),
+        realm="North_1.a-b",
+        redis_timeout_s=0.25,
+        redis_down="share",
+        nodes=3,
         buckets=10_000_000,
         max_body_bytes=1,
         connect_timeout_s=0.5,
@@ -264,12 +280,18 @@ def test_capacity_and_rate_that_no_integers_keep_are_refused():
     assert "CAP_USER and RATE_USER do not go together" in str(error)
 
 
-def test_redis_is_refused_rather_than_ignored():
-    """Buckets are not shared through Redis yet, and nobody is left to believe that they are."""
-    error = refused(REDIS_URL="redis://:hunter2@redis:6379/0")
+def test_share_needs_the_number_of_nodes():
+    """What each node's share is cannot be guessed."""
+    error = refused(REDIS_URL="redis://redis", TOKENGUARD_REDIS_DOWN="share")
 
-    assert error.field == "REDIS_URL"
-    assert "memory only" in str(error)
+    assert error.field == "TOKENGUARD_NODES"
+    assert "TOKENGUARD_REDIS_DOWN" in str(error)
+
+
+@pytest.mark.parametrize("realm", ["a b", "a{b}", "a:b", "é", "a" * 65])
+def test_realm_that_would_not_be_one_hash_tag_is_refused(realm):
+    """It stands in braces in every key."""
+    assert refused(TOKENGUARD_REALM=realm).field == "TOKENGUARD_REALM"
 
 
 # --- secrets ------------------------------------------------------------------------------------------------
@@ -288,8 +310,8 @@ def test_secret_that_cannot_be_is_not_shown(name, value):
 
 
 def test_redis_url_is_not_shown():
-    """The URL of Redis may hold a password."""
-    assert SECRET not in str(refused(REDIS_URL=f"redis://:{SECRET}@redis"))
+    """The URL of Redis may hold a password, also one that cannot be read."""
+    assert SECRET not in str(refused(REDIS_URL=f"redis://:{SECRET}@redis:port"))
 
 
 def test_secrets_are_not_in_the_repr():
@@ -298,10 +320,12 @@ def test_secrets_are_not_in_the_repr():
         {
             "OPENAI_API_KEY": SECRET,
             "TOKENGUARD_ADMIN_TOKEN": SECRET,
+            "REDIS_URL": f"redis+sentinel://:{SECRET}@redis/group?sentinel_password={SECRET}",
         }
     )
 
     assert config.openai_api_key == config.admin_token == SECRET
+    assert config.redis.secrets == [SECRET, SECRET]
     assert SECRET not in repr(config)
     assert SECRET not in str(config)
 

@@ -14,9 +14,9 @@ MAX_BUCKETS = 100_000
 class Owed:
     """Amounts add up by bucket, so that an outage of any length takes bounded memory.
 
-    A refund makes what is owed less. What it exceeds that by gives back what Redis was told of; it is settled before
-    the charges that came after it: had the bucket been full then, it would have been lost, and it must not pay for
-    what was spent since.
+    A refund makes what is owed less. What it exceeds that by gives back what Redis was told of; it is settled
+    before the charges that came after it: had the bucket been full then, it would have been lost, and it must not
+    pay for what was spent since.
 
     Attributes:
         dropped: How many tokens were not remembered for want of room.

@@ -73,7 +73,7 @@ def read_redis_url(url: str) -> RedisUrl:
 
 def _read(url: str) -> RedisUrl:
     parts = urlsplit(url.replace("valkey", "redis", 1) if url.startswith("valkey") else url)
-    if parts.scheme not in _SCHEMES or parts.fragment or not url.isascii() or not url.isprintable():
+    if parts.scheme not in _SCHEMES or parts.fragment or not url.isascii() or not url.isprintable() or " " in url:
         raise ValueError
     options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
     if not set(options) <= _OPTIONS:
@@ -82,7 +82,7 @@ def _read(url: str) -> RedisUrl:
     kind = parts.scheme.partition("+")[2] or "server"
     path = [unquote(part) for part in parts.path.split("/")[1:]]
     is_file = parts.scheme == "unix"
-    group = path.pop(0) if kind == "sentinel" else ""
+    group = path.pop(0) if kind == "sentinel" and path else ""
     if kind == "sentinel" and not group:
         raise ValueError
     database = _database(options.get("db", "")) if is_file else _database("/".join(path))
