@@ -1,6 +1,7 @@
 """Several nodes on one Redis, or one Valkey, are as one."""
 
 import asyncio
+import random
 import subprocess
 import sys
 import threading
@@ -231,6 +232,35 @@ def test_callers_at_once_travel_together(shared):
 
     assert stats["batched"] >= 300
     assert stats["batches"] <= 20
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_callers_who_give_up_neither_lose_nor_double_anything(shared, seed):
+    """400 callers, half of whom are cancelled at any moment: what is gone is what the others hold, to the token."""
+    numbers = random.Random(seed)
+
+    async def caller(node):
+        cost = numbers.randint(1, 9)
+        asking = asyncio.ensure_future(node.reserve_soon(cost))
+        if numbers.random() < 0.5:
+            for _ in range(numbers.randint(0, 12)):
+                await asyncio.sleep(0)
+            asking.cancel()
+        try:
+            return cost if isinstance(await asking, Reservation) else 0
+        except asyncio.CancelledError:
+            return 0
+
+    async def crowd(node):
+        await node.backend.start()
+        held = sum(await asyncio.gather(*[caller(node) for _ in range(400)]))
+        await node.backend.stop()
+        return held
+
+    with Node(shared.url, {"user": grant(100_000)}) as node:
+        held = asyncio.run(crowd(node))
+        assert 0 < held < 400 * 9
+        assert node.level() == 100_000 - held
 
 
 def test_two_nodes_hammered_for_ten_seconds_never_admit_too_much(shared):
