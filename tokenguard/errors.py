@@ -53,7 +53,15 @@ class TableBusy(TokenGuardError):
 
 
 class BackendDown(TokenGuardError):
-    """The place where buckets are shared cannot be reached, and nothing else may decide in its stead."""
+    """The place where buckets are shared cannot be reached, and nothing else may decide in its stead.
+
+    Attributes:
+        told: What a caller may know of it: not where that place is.
+    """
+
+    def __init__(self, told: str, trouble: str) -> None:
+        super().__init__(f"{told}: {trouble}")
+        self.told = told
 
 
 class AlreadySettled(TokenGuardError):

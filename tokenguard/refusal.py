@@ -94,8 +94,8 @@ def error_answer(error: TokenGuardError) -> Answer:
             return problem(504, str(error), "upstream_error", "upstream_timeout")
         case UpstreamError():
             return problem(502, str(error), "upstream_error", "upstream_unreachable")
-        case BackendDown():
-            return problem(503, str(error), "service_unavailable_error", "backend_unavailable", retry_after_s=1)
+        case BackendDown():  # its whole text names our own hosts
+            return problem(503, error.told, "service_unavailable_error", "backend_unavailable", retry_after_s=1)
         case TableFull() | TableBusy() | StaleHandle():
             return problem(
                 503,

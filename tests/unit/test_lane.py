@@ -30,6 +30,7 @@ class Held:
     """
 
     def __init__(self):
+        self.closed = None
         self.sent = deque()
         self.numbers = []
         self.dropped = 0

@@ -24,7 +24,7 @@ from tokenguard.backends.outage import OwnHandle, Policy
 from tokenguard.backends.owed import Owed
 from tokenguard.backends.realm import UNKNOWN, Mirror, Realm, read_mirror, told
 from tokenguard.backends.scripts import BUDGETS, CALLS, PUBLISH, Script
-from tokenguard.errors import BackendDown, StaleHandle, TokenGuardError
+from tokenguard.errors import BackendDown, StaleHandle
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 """Between two attempts to come back."""
@@ -55,6 +55,9 @@ class LinkLost(Exception):
 
 class Link(Protocol):
     """A connection to Redis, whatever is behind it."""
+
+    closed: Callable[[LinkLost], None]
+    """Is called when a connection is closed on which no answer is waited for."""
 
     async def connect(self) -> None:
         """Make a connection, if there is none.
@@ -97,6 +100,7 @@ class Lane:
 
     def __init__(self, link: Link, realm: Realm, policy: Policy, timeout_s: float) -> None:
         self._link = link
+        self._link.closed = self._closed
         self._realm = realm
         self._policy = policy
         self._timeout_s = timeout_s
@@ -220,9 +224,9 @@ class Lane:
             if found and theirs.revision >= mine.revision:
                 realm.mirror = theirs
                 return
-            if mine.epoch:
+            if mine.budgets:
                 _log.warning("Redis has lost budgets: this node publishes the %d that it knows", len(mine.all()))
-            else:
+            if not mine.epoch:
                 mine = Mirror(f"0:{secrets.token_hex(8)}", {})
             if await self.run(PUBLISH, keys, (found, mine.epoch, *told(mine))):
                 realm.mirror = mine
@@ -364,6 +368,12 @@ class Lane:
             self._stand_alone(str(error))
         self._task = self._loop.create_task(self._return())
 
+    def _closed(self, error: LinkLost) -> None:
+        """The connection was closed while nothing was under way."""
+        if not self._busy:
+            self._busy = True
+            self._broke([], LinkLost(str(error), undone=True, at_once=error.at_once))
+
     # --- while it is not up -------------------------------------------------------------------------------------
 
     async def _return(self) -> None:
@@ -444,13 +454,13 @@ class Lane:
         elif future.done() or handle is None:
             pass
         elif kind is Kind.PEEK:
-            future.set_exception(BackendDown(f"the shared budgets cannot be reached: {trouble}"))
+            future.set_exception(BackendDown("The shared budgets cannot be reached", trouble))
         elif handle.epoch != self._realm.mirror.epoch:
             future.set_exception(StaleHandle(_STALE))
         else:
             try:
                 outcome = self._policy.reserve(handle, amounts, trouble)
-            except TokenGuardError as error:
+            except Exception as error:  # whatever it is, somebody waits for it
                 future.set_exception(error)
                 return
             if outcome.allowed:

@@ -61,6 +61,7 @@ class RedisLink:
     """
 
     def __init__(self, url: RedisUrl, key: bytes, timeout_s: float) -> None:
+        self.closed: Callable[[LinkLost], None] = _ignore
         self._url = url
         self._timeout_s = timeout_s / (len(url.hosts) + 1)
         self._key = key.decode()
@@ -78,7 +79,7 @@ class RedisLink:
             if self._wire is not None and self._wire.is_open:
                 return
             try:
-                wire = self._wire = Wire(await self._connection())
+                wire = self._wire = Wire(await self._connection(), self.closed)
             except (RedisError, OSError) as error:
                 raise self._lost(error) from None
         await wire.ask("CLIENT", "SETNAME", "tokenguard")  # both of these a user may not be allowed: so be it
@@ -173,6 +174,10 @@ class RedisLink:
         return LinkLost(text[:200], undone=code in _UNDONE, at_once=code in _ELSEWHERE)
 
 
+def _ignore(why: LinkLost) -> None:
+    """Do nothing."""
+
+
 async def _connected(connection: Any) -> Any:  # noqa: ANN401 - redis-py's
     try:
         await connection.connect()
@@ -203,8 +208,9 @@ class Wire(asyncio.Protocol):
     NOTE: redis-py has no public name for a connection's transport.
     """
 
-    def __init__(self, connection: Any) -> None:  # noqa: ANN401 - redis-py's
+    def __init__(self, connection: Any, closed: Callable[[LinkLost], None]) -> None:  # noqa: ANN401 - redis-py's
         self._connection = connection
+        self._closed = closed
         self._transport: asyncio.Transport = connection._writer.transport  # noqa: SLF001 - see above
         self._transport.set_protocol(self)
         # PERF: uvloop holds back what is written until all that is ready has run, unless the limit is passed; so
@@ -241,7 +247,11 @@ class Wire(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - as asyncio calls it
         """Nothing more will come."""
-        self.abort(LinkLost("the connection was closed", at_once=True))
+        why = LinkLost("the connection was closed", at_once=True)
+        nobody_waits = self.is_open and not self._pending
+        self.abort(why)
+        if nobody_waits:
+            self._closed(why)
 
     def abort(self, why: LinkLost) -> None:
         """Close it, and tell whoever waits for an answer why there will be none."""

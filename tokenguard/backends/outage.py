@@ -54,7 +54,7 @@ class Closed:
 
     def reserve(self, handle: RedisHandle, costs: tuple[int, ...], trouble: str) -> Outcome:  # noqa: ARG002 - as every policy's
         """Decide on nothing."""
-        raise BackendDown(f"the shared budgets cannot be reached: {trouble}")
+        raise BackendDown("The shared budgets cannot be reached", trouble)
 
     def settle(self, handle: OwnHandle, deltas: tuple[int, ...]) -> int:  # noqa: ARG002 - as every policy's
         """Settle nothing: nothing was taken."""
@@ -81,9 +81,7 @@ class Share:
     def reserve(self, handle: RedisHandle, costs: tuple[int, ...], trouble: str) -> Outcome:
         """Decide by the node's share."""
         if handle.epoch == NO_EPOCH:
-            raise BackendDown(
-                f"the shared budgets cannot be reached, and this node has never seen them: {trouble}"
-            )
+            raise BackendDown("The shared budgets cannot be reached, and this node has never seen them", trouble)
         if handle.share is None:
             handle.share = embedded(
                 self._table, handle.budgets, [self._part(b.scale, trouble) for b in handle.budgets]
@@ -103,15 +101,16 @@ class Share:
             return arithmetic.scale(scale.capacity // self._nodes, scale.rate / self._nodes, scale.debt)
         except InvalidValue:
             raise BackendDown(
-                f"the shared budgets cannot be reached, and a capacity of {scale.capacity} cannot be shared by "
-                f"{self._nodes} nodes: {trouble}"
+                f"The shared budgets cannot be reached, and a capacity of {scale.capacity} cannot be shared by "
+                f"{self._nodes} nodes",
+                trouble,
             ) from None
 
     def _check_never(self, handle: RedisHandle, costs: tuple[int, ...], trouble: str) -> None:
         """Let a "never" stand only where the whole budget would say so too."""
         if not any(cost > budget.scale.capacity for cost, budget in zip(costs, handle.budgets, strict=True)):
             raise BackendDown(
-                f"the shared budgets cannot be reached, and this node's share of them does not suffice: {trouble}"
+                "The shared budgets cannot be reached, and this node's share of them does not suffice", trouble
             )
 
 

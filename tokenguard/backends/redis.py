@@ -229,7 +229,7 @@ class RedisBackend:
         try:
             await lane.refresh()
         except LinkLost as error:
-            raise BackendDown(f"the shared budgets cannot be reached: {error}") from None
+            raise BackendDown("The shared budgets cannot be reached", str(error)) from None
         return lane
 
     def budgets(self) -> list[Budget]:
@@ -268,13 +268,13 @@ class RedisBackend:
             try:
                 done, forgiven, clock_steps = await lane.run(CONFIGURE, keys, args)
             except LinkLost as error:
-                raise BackendDown(f"the budget may be changed or not: {error}") from None
+                raise BackendDown("Whether the budget is changed is not known", str(error)) from None
             if done >= 0:
                 lane.stats["forgiven"] += forgiven
                 lane.stats["clock_steps"] += clock_steps
                 await self._refresh()
                 return bool(done)
-        raise BackendDown("the budgets in Redis were lost while one was being changed; try again")
+        raise BackendDown("The budget is not changed", "the budgets in Redis were lost meanwhile")
 
 
 _backends: weakref.WeakSet[RedisBackend] = weakref.WeakSet()
