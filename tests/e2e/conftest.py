@@ -18,6 +18,7 @@ import openai
 import pytest
 
 from tests.e2e.fake_openai import FakeOpenAI, Serving
+from tests.redis_servers import RedisServer
 
 OUR_KEY = "sk-ours-0123456789"
 THEIR_KEY = "sk-the-callers-own"
@@ -186,11 +187,21 @@ def upstream_url(_fake_server):
     return f"http://127.0.0.1:{_fake_server[1].port}/v1"
 
 
-@pytest.fixture(scope="session", params=DRIVERS)
+@pytest.fixture(scope="session")
+def redis_server():
+    """A Redis for the whole run."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session", params=[*DRIVERS, "uvicorn with redis"])
 def server(request, upstream_url, tmp_path_factory):
-    """One server of each driver for tests that need no settings of their own; the defaults are far away."""
-    with DRIVERS[request.param](
+    """One server of each kind for tests that need no settings of their own; the defaults are far away."""
+    driver, _, backend = request.param.partition(" with ")
+    shared = {"REDIS_URL": request.getfixturevalue("redis_server").url} if backend else {}
+    with DRIVERS[driver](
         tmp_path_factory.mktemp("server"),
+        **shared,
         OPENAI_API_KEY=OUR_KEY,
         OPENAI_BASE_URL=upstream_url,
         CAP_GLOBAL=10**9,

@@ -10,7 +10,7 @@ from tests.house import grant, named
 from tokenguard._bucket import BucketTable
 from tokenguard.backends.batch import MAX_CALLS, Kind, RedisHandle
 from tokenguard.backends.lane import Lane, LinkLost
-from tokenguard.backends.outage import Closed
+from tokenguard.backends.outage import Closed, Watch
 from tokenguard.backends.realm import Realm
 from tokenguard.backends.scripts import BUDGETS, CALLS, PUBLISH
 from tokenguard.errors import BackendDown, StaleHandle
@@ -96,7 +96,7 @@ class Desk:
         self.link = Held()
         self.realm = Realm("tests")
         self.table = BucketTable(4)
-        self.lane = Lane(self.link, self.realm, Closed(), S)
+        self.lane = Lane(self.link, self.realm, Closed(), Watch("closed"), S)
 
     def handle(self) -> RedisHandle:
         return self.realm.prepare(self.table, [Budget(named("user:alice"), grant(100))], None)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 from tokenguard._bucket import Outcome
 from tokenguard.backends.batch import MAX_CALLS, STALE, Call, Kind, RedisHandle, Reply, Result, decode, encode
-from tokenguard.backends.outage import OwnHandle, Policy
+from tokenguard.backends.outage import OwnHandle, Policy, Watch
 from tokenguard.backends.owed import Owed
 from tokenguard.backends.realm import UNKNOWN, Mirror, Realm, read_mirror, told
 from tokenguard.backends.scripts import BUDGETS, CALLS, PUBLISH, Script
@@ -91,6 +91,7 @@ class Lane:
         link: The way to Redis.
         realm: Whose buckets; its mirror is kept up to date.
         policy: What decides while Redis is down.
+        watch: Is told when Redis is lost, and when it is back.
         timeout_s: How long a call may wait for Redis in all.
 
     Attributes:
@@ -98,11 +99,12 @@ class Lane:
         stats: Counters.
     """
 
-    def __init__(self, link: Link, realm: Realm, policy: Policy, timeout_s: float) -> None:
+    def __init__(self, link: Link, realm: Realm, policy: Policy, watch: Watch, timeout_s: float) -> None:
         self._link = link
         self._link.closed = self._closed
         self._realm = realm
         self._policy = policy
+        self._watch = watch
         self._timeout_s = timeout_s
         self._record_key = realm.record_key(secrets.token_hex(8))
         self._number = 0
@@ -244,6 +246,7 @@ class Lane:
         self._stand_alone(self.trouble)
         if self.owed:
             _log.warning("stopping while Redis is away: what it was to be told of %d buckets is lost", self.owed)
+        self._watch.ended(self)
         self._link.drop(LinkLost("TokenGuard is stopping"))
 
     # --- while it is up: batch after batch ----------------------------------------------------------------------
@@ -396,8 +399,8 @@ class Lane:
             await asyncio.sleep(pause_s * (1 + secrets.randbelow(100) / 200))
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         if self.trouble is not None:
-            _log.warning("Redis is back: budgets are shared again")
             self.trouble = None
+            self._watch.back(self)
         self._has_been_tried()
         self._go_on()
 
@@ -431,9 +434,7 @@ class Lane:
         """Let the policy decide on all that wait, and on all that come until Redis is back."""
         if self.trouble is None:
             self.stats["outages"] += 1
-            _log.error(
-                "Redis is not to be had: %s; until it is back, the policy is %r", trouble, self._policy.name
-            )
+            self._watch.lost(self, trouble)
         self.trouble = trouble
         self._has_been_tried()
         while self._queue:

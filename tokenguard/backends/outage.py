@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from typing import Protocol
 
 from tokenguard import arithmetic
@@ -10,6 +12,8 @@ from tokenguard.backends.batch import RedisHandle
 from tokenguard.backends.realm import NO_EPOCH, embedded
 from tokenguard.errors import BackendDown, InvalidValue
 from tokenguard.model import NEVER_US, Scale
+
+_log = logging.getLogger("tokenguard")
 
 
 class OwnHandle:
@@ -45,6 +49,38 @@ class Policy(Protocol):
 
     def settle(self, handle: OwnHandle, deltas: tuple[int, ...]) -> int:
         """Settle what was taken here; return the tokens forgiven."""
+
+
+class Watch:
+    """Logs once that Redis is lost and once that it is back, however many of a node's lanes find out.
+
+    Args:
+        policy: The name of what decides meanwhile.
+    """
+
+    def __init__(self, policy: str) -> None:
+        self._policy = policy
+        self._lock = threading.Lock()
+        self._lost: set[object] = set()
+
+    def lost(self, lane: object, trouble: str) -> None:
+        """A lane has lost Redis."""
+        with self._lock:
+            if not self._lost:
+                _log.error("Redis is not to be had: %s; until it is back, the policy is %r", trouble, self._policy)
+            self._lost.add(lane)
+
+    def back(self, lane: object) -> None:
+        """A lane has Redis again."""
+        with self._lock:
+            if self._lost == {lane}:
+                _log.warning("Redis is back: budgets are shared again")
+            self._lost.discard(lane)
+
+    def ended(self, lane: object) -> None:
+        """A lane is no more."""
+        with self._lock:
+            self._lost.discard(lane)
 
 
 class Closed:

@@ -14,7 +14,7 @@ from tokenguard._bucket import BucketTable, Outcome
 from tokenguard.backends.batch import Kind, RedisHandle, scale_text
 from tokenguard.backends.lane import STATS, Lane, LinkLost
 from tokenguard.backends.link import RedisLink
-from tokenguard.backends.outage import OwnHandle, Policy
+from tokenguard.backends.outage import OwnHandle, Policy, Watch
 from tokenguard.backends.realm import Realm
 from tokenguard.backends.redis_url import RedisUrl
 from tokenguard.backends.scripts import CONFIGURE
@@ -77,6 +77,7 @@ class RedisBackend:
         self._url = url
         self._realm = Realm(realm)
         self._policy = policy
+        self._watch = Watch(policy.name)
         self._table = table
         self._timeout_s = timeout_s
         self.on = self._realm.on
@@ -96,7 +97,7 @@ class RedisBackend:
             for ended in [known for known in self._lanes if known.is_closed()]:
                 del self._lanes[ended]
             link = RedisLink(self._url, self._realm.epoch_key, self._timeout_s)
-            lane = self._lanes[loop] = Lane(link, self._realm, self._policy, self._timeout_s)
+            lane = self._lanes[loop] = Lane(link, self._realm, self._policy, self._watch, self._timeout_s)
         return lane
 
     # --- what it is and how it is -----------------------------------------------------------------------------
