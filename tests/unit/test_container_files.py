@@ -25,6 +25,12 @@ def test_who_calls_the_published_port_may_set_budgets():
     assert networks == ["127.0.0.0/8", "::1/128", f"{gateway}/32"]
 
 
+def test_api_uses_the_redis_that_comes_along():
+    """Compose brings one, and the api is told where."""
+    url = re.search(r"REDIS_URL: (\S+)", COMPOSE)[1]
+    assert read_config({"REDIS_URL": url}).redis.hosts == (("redis", 6379),)
+
+
 def test_redis_keeps_what_it_is_given():
     """Redis writes to a volume and evicts nothing."""
     assert "redis:7-alpine" in COMPOSE
