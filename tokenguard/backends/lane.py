@@ -33,6 +33,9 @@ STATS = ("batches", "batched", "unanswered", "outages", "own", "forgiven", "cloc
 """What a lane counts: batches and the calls in them, batches whose answer did not come, times that it was down,
 calls that the policy admitted, tokens forgiven, and clocks that stepped back."""
 
+_TICK_S = 0.005
+"""How often a lane that stops looks whether all is done."""
+
 _STALE = "a budget changed since the plan was prepared"
 _FAULT = "a batch failed inside TokenGuard"
 
@@ -236,8 +239,9 @@ class Lane:
 
     async def close(self) -> None:
         """Let what is under way end, within the time limit, and stop."""
-        while (waiting := [*self._flying, *self._queue]) and self.trouble is None:
-            await asyncio.wait([each.future for each in waiting], timeout=self._timeout_s)
+        until_s = self._loop.time() + self._timeout_s
+        while (self._flying or self._queue) and self.trouble is None and self._loop.time() < until_s:
+            await asyncio.sleep(_TICK_S)
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task

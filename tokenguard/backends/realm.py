@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from tokenguard._bucket import BucketTable, Handle
 from tokenguard.backends.batch import RedisHandle, Ref, read_scale, scale_text
@@ -13,7 +14,8 @@ NO_EPOCH = ""
 """What a node goes by that has not seen any budgets yet."""
 
 
-class Mirror(NamedTuple):
+@dataclass(frozen=True)
+class Mirror:
     """The explicit budgets as a node knows them.
 
     Attributes:
@@ -29,10 +31,22 @@ class Mirror(NamedTuple):
         """How many changes led here; -1 if nothing is known."""
         return int(self.epoch.partition(":")[0]) if self.epoch else -1
 
+    @cached_property
     def all(self) -> list[Budget]:
-        """Return all budgets, in the order of their keys."""
+        """All budgets, in the order of their keys."""
         budgets = [budget for on_scope in self.budgets.values() for budget in on_scope]
         return sorted(budgets, key=lambda budget: budget.name.key)
+
+    def changed(self, epoch: str, changes: Iterable[tuple[BucketName, Scale | None]]) -> Mirror:
+        """Return what this comes to after some changes; None removes a budget."""
+        budgets = dict(self.budgets)
+        for name, scale in changes:
+            kept = tuple(budget for budget in budgets.pop(name.scope, ()) if budget.name != name)
+            if scale is not None:
+                kept = (*kept, Budget(name, scale))
+            if kept:
+                budgets[name.scope] = kept
+        return Mirror(epoch, budgets)
 
 
 UNKNOWN = Mirror(NO_EPOCH, {})
@@ -84,15 +98,12 @@ def embedded(table: BucketTable, budgets: Iterable[Budget], scales: Iterable[Sca
     return table.prepare((budget.name.key, scale) for budget, scale in zip(budgets, scales, strict=True))
 
 
-def read_mirror(epoch: str, fields: Sequence[bytes]) -> Mirror:
-    """Return the mirror of what a Redis told: name, scale, name, scale, and so on."""
-    by_scope: dict[Scope, list[Budget]] = {}
+def read_changes(fields: Sequence[bytes]) -> Iterator[tuple[BucketName, Scale | None]]:
+    """Yield what Redis told: name, scale, name, scale, and so on; a scale that is empty is none."""
     for name, scale in zip(fields[::2], fields[1::2], strict=True):
-        budget = Budget(BucketName.from_key(name), read_scale(scale.decode()))
-        by_scope.setdefault(budget.name.scope, []).append(budget)
-    return Mirror(epoch, {scope: tuple(budgets) for scope, budgets in by_scope.items()})
+        yield BucketName.from_key(name), read_scale(scale.decode()) if scale else None
 
 
 def told(mirror: Mirror) -> list[str | bytes]:
     """Return a mirror as ``lua/publish.lua`` takes it: name, scale, name, scale, and so on."""
-    return [part for budget in mirror.all() for part in (budget.name.key, scale_text(budget.scale))]
+    return [part for budget in mirror.all for part in (budget.name.key, scale_text(budget.scale))]

@@ -235,7 +235,7 @@ class RedisBackend:
 
     def budgets(self) -> list[Budget]:
         """Return all explicit budgets, in the order of their names."""
-        return self._realm.mirror.all()
+        return self._realm.mirror.all
 
     def put(self, budget: Budget, level: int | None = None, now_us: int | None = None) -> None:
         """Set an explicit budget.
