@@ -27,6 +27,7 @@ def test_every_key_has_the_hash_tag_of_the_realm(shared):
         assert keys_of(client) == {
             "tg:{tests}:epoch",
             "tg:{tests}:budgets",
+            "tg:{tests}:changes",
             "tg:{tests}:lane:…",
             "tg:{tests}:b:team\x1fred {north}\x1ftokens\x1f",
             KEY,

@@ -121,6 +121,36 @@ def test_budget_list_of_one_node_shows_what_another_set(pair):
     assert end is None
 
 
+def test_node_that_missed_many_changes_catches_up(pair):
+    """A few changes come one by one; after more than are kept, all budgets come anew."""
+    a, b = pair
+    b.taken(1)
+    for count in (3, 300):
+        for i in range(count):
+            a.set(f"user:{i}", grant(i + 1))
+        a.budgets.delete(named("user:1"))
+        a.set("team:red", grant(count))
+
+        budgets = {state.budget.name.scope: state.budget.scale.capacity for state in b.budgets.page(b"", 1000)[0]}
+
+        assert len(budgets) == count
+        assert budgets[named("team:red").scope] == count
+        assert named("user:1").scope not in budgets
+
+
+def test_change_is_told_to_other_nodes_without_all_the_others(shared, pair):
+    """With hundreds of budgets, a change of one costs a look at one."""
+    a, b = pair
+    for i in range(300):
+        a.set(f"user:{i}", grant(i + 1))
+    b.level()
+    with shared.client() as client:
+        client.config_resetstat()
+        a.set("user:7", grant(700))
+        assert b.level("user:7") == 700
+        assert not {"cmdstat_hgetall", "cmdstat_mset"} & set(client.info("commandstats"))
+
+
 def test_level_set_with_a_budget_is_there_at_once(pair):
     """Also below zero."""
     a, b = pair
@@ -236,7 +266,7 @@ def test_callers_at_once_travel_together(shared):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_callers_who_give_up_neither_lose_nor_double_anything(shared, seed):
-    """400 callers, half of whom are cancelled at any moment: what is gone is what the others hold, to the token."""
+    """Of 400 callers half are cancelled at any moment: what is gone is what the others hold, to the token."""
     numbers = random.Random(seed)
 
     async def caller(node):

@@ -30,7 +30,8 @@ def test_password(redis):
     with redis.client() as client:
         client.acl_setuser(
             "guard", enabled=True, passwords=["+s3cret/@:"], keys=["tg:*"],
-            commands=["+eval", "+evalsha", "+get", "+mget", "+set", "+del", "+time", "+hset", "+hdel", "+hgetall"],
+            commands=["+eval", "+evalsha", "+get", "+mget", "+set", "+del", "+time", "+hset", "+hdel", "+hgetall",
+                      "+hmget", "+lpush", "+rpush", "+ltrim", "+lrange"],
         )  # fmt: skip
         client.config_set("requirepass", "s3cret")
 

@@ -40,7 +40,7 @@ class Held:
 
     def send(self, script, keys, args, answered):  # noqa: ARG002 - as a lane calls it
         if script is BUDGETS:
-            answered([EPOCH.encode()])
+            answered([EPOCH.encode(), 1])
         elif script is PUBLISH:
             answered(1)
         else:
@@ -243,7 +243,7 @@ async def test_call_whose_plan_is_stale_is_not_sent(desk):
     """Its budgets have changed since: it is to be planned anew."""
     desk.reserve(1)
     stale = desk.reserve(2)
-    desk.realm.mirror = desk.realm.mirror._replace(epoch="1:def")
+    desk.realm.mirror = desk.realm.mirror.changed("1:def", [])
 
     desk.link.answer()
 

@@ -22,7 +22,7 @@ from tokenguard._bucket import Outcome
 from tokenguard.backends.batch import MAX_CALLS, STALE, Call, Kind, RedisHandle, Reply, Result, decode, encode
 from tokenguard.backends.outage import OwnHandle, Policy, Watch
 from tokenguard.backends.owed import Owed
-from tokenguard.backends.realm import UNKNOWN, Mirror, Realm, read_mirror, told
+from tokenguard.backends.realm import UNKNOWN, Mirror, Realm, read_changes, told
 from tokenguard.backends.scripts import BUDGETS, CALLS, PUBLISH, Script
 from tokenguard.errors import BackendDown, StaleHandle
 
@@ -32,9 +32,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 STATS = ("batches", "batched", "unanswered", "outages", "own", "forgiven", "clock_steps")
 """What a lane counts: batches and the calls in them, batches whose answer did not come, times that it was down,
 calls that the policy admitted, tokens forgiven, and clocks that stepped back."""
-
-_TICK_S = 0.005
-"""How often a lane that stops looks whether all is done."""
 
 _STALE = "a budget changed since the plan was prepared"
 _FAULT = "a batch failed inside TokenGuard"
@@ -115,6 +112,7 @@ class Lane:
         self._flying: list[_Waiting] = []
         self._busy = True  # a batch is under way or about to be, or the lane is coming back
         self._crowd = False
+        self._idle: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._owed = Owed()
         self._unanswered: tuple[int, list[Call]] | None = None
@@ -218,30 +216,29 @@ class Lane:
             LinkLost: There is no answer.
         """
         realm = self._realm
-        keys = (realm.epoch_key, realm.budgets_key)
         for _ in range(2):
             mine = realm.mirror
-            epoch, *fields = await self.run(BUDGETS, keys, (mine.epoch,))
-            found = epoch.decode()
-            if found and found == mine.epoch:
+            found, whole, *fields = await self.run(BUDGETS, realm.budgets_keys, (mine.epoch,))
+            epoch = found.decode()
+            if epoch and epoch == mine.epoch:
                 return
-            theirs = read_mirror(found, fields) if found else UNKNOWN
-            if found and theirs.revision >= mine.revision:
+            theirs = (UNKNOWN if whole else mine).changed(epoch, read_changes(fields))
+            if epoch and theirs.revision >= mine.revision:
                 realm.mirror = theirs
                 return
             if mine.budgets:
-                _log.warning("Redis has lost budgets: this node publishes the %d that it knows", len(mine.all()))
+                _log.warning("Redis has lost budgets: this node publishes the %d that it knows", len(mine.all))
             if not mine.epoch:
                 mine = Mirror(f"0:{secrets.token_hex(8)}", {})
-            if await self.run(PUBLISH, keys, (found, mine.epoch, *told(mine))):
+            if await self.run(PUBLISH, realm.budgets_keys, (epoch, mine.epoch, *told(mine))):
                 realm.mirror = mine
                 return
 
     async def close(self) -> None:
         """Let what is under way end, within the time limit, and stop."""
-        until_s = self._loop.time() + self._timeout_s
-        while (self._flying or self._queue) and self.trouble is None and self._loop.time() < until_s:
-            await asyncio.sleep(_TICK_S)
+        if self._busy and self.trouble is None:
+            self._idle = self._loop.create_future()
+            await asyncio.wait([self._idle], timeout=self._timeout_s)
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
@@ -261,7 +258,7 @@ class Lane:
         while self._queue and not batch:
             batch = self._take()
         if not batch:
-            self._busy = False
+            self._rest()
             return
         self._number += 1
         self._flying = batch
@@ -342,7 +339,13 @@ class Lane:
         if self._queue:
             self._fly()
         else:
-            self._busy = False
+            self._rest()
+
+    def _rest(self) -> None:
+        """Nothing is left to do."""
+        self._busy = False
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
 
     async def _refresh_for(self, stale: list[_Waiting]) -> None:
         """Learn the budgets anew, and only then let callers try again."""

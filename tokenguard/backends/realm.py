@@ -61,6 +61,8 @@ class Realm:
         name: The realm's.
 
     Attributes:
+        epoch_key: The key of the budgets' epoch.
+        budgets_keys: The keys of the budgets: their epoch, the budgets, the last changes.
         mirror: What is known of the budgets; replaced as a whole.
     """
 
@@ -69,7 +71,7 @@ class Realm:
         self._prefix = f"tg:{{{name}}}:".encode()
         self._bucket_prefix = self._prefix + b"b:"
         self.epoch_key = self._prefix + b"epoch"
-        self.budgets_key = self._prefix + b"budgets"
+        self.budgets_keys = (self.epoch_key, self._prefix + b"budgets", self._prefix + b"changes")
         self.mirror = UNKNOWN
 
     def record_key(self, lane: str) -> bytes:

@@ -261,7 +261,7 @@ class RedisBackend:
         self, name: BucketName, explicit: str, then: str, level: int | None, now_us: int | None
     ) -> bool:
         """Change one budget; return False if there was nothing to remove."""
-        keys = (self._realm.epoch_key, self._realm.budgets_key, self._realm.bucket_key(name))
+        keys = (*self._realm.budgets_keys, self._realm.bucket_key(name))
         optional = ["" if value is None else str(value) for value in (level, now_us)]
         args = (name.key, explicit, then, optional[0], secrets.token_hex(8), optional[1])
         for _ in range(2):

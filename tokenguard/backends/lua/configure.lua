@@ -2,7 +2,8 @@
 --
 -- KEYS[1]  the epoch of the budgets
 -- KEYS[2]  the budgets: a hash of bucket names to scales "C D r q tau"
--- KEYS[3]  the bucket
+-- KEYS[3]  the last changes: a list of epochs and the name that each changed, "epoch name", the last one first
+-- KEYS[4]  the bucket
 -- ARGV[1]  the name of the bucket
 -- ARGV[2]  the scale of its explicit budget; empty to remove it
 -- ARGV[3]  the scale that it stands under from now on; empty if it is unlimited
@@ -12,6 +13,8 @@
 -- Returns  [outcome, forgiven, clock_steps]: outcome 1 if it is done, 0 if there was nothing to remove, -1 if there is
 --          no epoch, which means that the budgets are not there; forgiven in tokens
 
+local KEPT_CHANGES = 255
+
 local epoch = redis.call('GET', KEYS[1])
 if not epoch then return { -1, 0, 0 } end
 if ARGV[2] ~= '' then
@@ -19,18 +22,21 @@ if ARGV[2] ~= '' then
 elseif redis.call('HDEL', KEYS[2], ARGV[1]) == 0 then
     return { 0, 0, 0 }
 end
-redis.call('SET', KEYS[1], format('%d:%s', match(epoch, '^(%d+):') + 1, ARGV[5]))
+epoch = format('%d:%s', match(epoch, '^(%d+):') + 1, ARGV[5])
+redis.call('SET', KEYS[1], epoch)
+redis.call('LPUSH', KEYS[3], epoch .. ' ' .. ARGV[1])
+redis.call('LTRIM', KEYS[3], 0, KEPT_CHANGES)
 
 if ARGV[3] == '' then
-    redis.call('DEL', KEYS[3])
+    redis.call('DEL', KEYS[4])
     return { 1, 0, 0 }
 end
 
 local expires = ARGV[6] == ''
 local now_us = expires and clock_us() or tonumber(ARGV[6])
 local want, level = scale_of(ARGV[3]), tonumber(ARGV[4])
-local value = redis.call('GET', KEYS[3])
-local bucket = bucket_of(KEYS[3], value, want, now_us)
+local value = redis.call('GET', KEYS[4])
+local bucket = bucket_of(KEYS[4], value, want, now_us)
 local forgiven, clock_steps = 0, 0
 if value then
     if refill(bucket, now_us) then clock_steps = 1 end
