@@ -350,9 +350,11 @@ class Lane:
     async def _refresh_for(self, stale: list[_Waiting]) -> None:
         """Learn the budgets anew, and only then let callers try again."""
         try:
-            await self.refresh()
-        except LinkLost as error:
-            self._broke(stale, LinkLost(str(error), undone=True, at_once=error.at_once))
+            async with asyncio.timeout_at(stale[0].until_s):
+                await self.refresh()
+        except (LinkLost, TimeoutError) as error:
+            lost = error if isinstance(error, LinkLost) else self._too_slow()
+            self._broke(stale, LinkLost(str(lost), undone=True, at_once=lost.at_once))
             return
         for waiting in stale:
             if not waiting.future.done():
