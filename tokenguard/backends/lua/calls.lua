@@ -68,6 +68,7 @@ local function bring_up(i)
     if bucket.scale ~= want then
         if bucket.there then
             forgiven = forgiven + convert(bucket, want, now_us)
+            bucket.current = false -- under shorter ticks, a clock may turn out to have stepped back
             change(bucket)
         else
             bucket.scale, bucket.level, bucket.tick = want, want.full, floor(now_us / want.tick_us)

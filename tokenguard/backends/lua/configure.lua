@@ -24,7 +24,7 @@ elseif redis.call('HDEL', KEYS[2], ARGV[1]) == 0 then
 end
 epoch = format('%d:%s', match(epoch, '^(%d+):') + 1, ARGV[5])
 redis.call('SET', KEYS[1], epoch)
-redis.call('LPUSH', KEYS[3], epoch .. ' ' .. ARGV[1])
+redis.call('LPUSH', KEYS[3], format('%s %s', epoch, ARGV[1]))
 redis.call('LTRIM', KEYS[3], 0, KEPT_CHANGES)
 
 if ARGV[3] == '' then

@@ -11,7 +11,7 @@
 if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
 redis.call('DEL', KEYS[2], KEYS[3])
-redis.call('RPUSH', KEYS[3], ARGV[2] .. ' ')
+redis.call('RPUSH', KEYS[3], string.format('%s ', ARGV[2]))
 for i = 3, #ARGV, 2 do
     redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1])
 end
