@@ -6,7 +6,7 @@ import asyncio
 
 from tokenguard._bucket import Outcome
 from tokenguard.backends import Backend, Handle
-from tokenguard.errors import AlreadySettled, StaleHandle, TableBusy
+from tokenguard.errors import AlreadySettled, StaleHandle
 from tokenguard.model import BucketState, Decision, Identity
 from tokenguard.plan import Plan, Plans
 
@@ -144,18 +144,23 @@ class Limiter:
         Raises:
             AlreadySettled: It has been settled or refunded before; nothing was changed.
             TableBusy: The table's lock was not to be had; nothing was changed, and it can be tried again.
-            ValueError: ``tokens`` is negative; nothing was changed.
+            ValueError: ``tokens`` is negative, or more than can be counted; nothing was changed.
         """
         handle, deltas = reservation.close_at(tokens)
         try:
             return self._backend.settle(handle, deltas, now_us)
-        except TableBusy:
+        except Exception:
             reservation.reopen()
             raise
 
     def settle_soon(self, reservation: Reservation, tokens: int, now_us: int | None = None) -> asyncio.Future[int]:
         """Do what ``settle`` does, without holding up an event loop, whether anybody waits for it or not."""
-        return self._backend.settle_soon(*reservation.close_at(tokens), now_us)
+        handle, deltas = reservation.close_at(tokens)
+        try:
+            return self._backend.settle_soon(handle, deltas, now_us)
+        except Exception:
+            reservation.reopen()
+            raise
 
     def refund(self, reservation: Reservation, now_us: int | None = None) -> None:
         """Give all tokens back; the request stays counted.

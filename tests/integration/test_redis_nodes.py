@@ -63,6 +63,21 @@ def test_refusal_changes_no_bucket_on_any_scope(pair):
     assert b.level("team:red") == 990
 
 
+@pytest.mark.parametrize("tokens", [2**53 + 10**6, 2**64])
+def test_amount_beyond_all_measure_is_refused_and_changes_nothing(pair, tokens):
+    """A settlement that no double holds is an error, and calls go on."""
+    a, _ = pair
+    reservation = a.taken(100)
+
+    with pytest.raises(ValueError, match="2\\^53"):
+        a.limiter.settle(reservation, tokens)
+
+    assert a.level() == 900
+    a.limiter.settle(reservation, 2**53)
+    assert a.level() < 0
+    assert a.trouble is None
+
+
 # --- budgets ----------------------------------------------------------------------------------------------------
 
 

@@ -277,3 +277,15 @@ async def test_calls_at_one_time_of_their_own_do_not_mix(desk):
 
     assert len(desk.link.answer()) == 2
     assert len(desk.link.answer()) == 1
+
+
+@on_a_desk
+async def test_batch_that_cannot_be_written_holds_nobody_up(desk):
+    """Who asked for it is told, and the lane goes on."""
+    impossible = desk.reserve(2**64)
+
+    with pytest.raises(OverflowError):
+        await impossible
+    possible = desk.reserve(1)
+    desk.link.answer()
+    assert (await possible).allowed

@@ -15,11 +15,27 @@ from tokenguard.model import Budget, Scale
 MAX_CALLS = 64
 """In one batch: what Redis does for it, it does without looking at anybody else."""
 
+MAX_AMOUNT = 2**53
+"""The most tokens that one call may ask of a bucket, or give back to it: what a double holds exactly."""
+
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(list[int]).decode
+_decode = msgspec.msgpack.Decoder(list).decode
 _HEAD = 4
 """How many integers a reply begins with: done, now_us, forgiven, clock_steps."""
 _STALE = -1
+
+
+def checked(amounts: tuple[int, ...], count: int, least: int) -> tuple[int, ...]:
+    """Return costs or deltas if a batch can hold them.
+
+    Raises:
+        ValueError: There are not ``count``, or one is below ``least`` or beyond what Lua counts exactly.
+    """
+    if len(amounts) != count:
+        raise ValueError(f"the plan has {count} buckets, got {len(amounts)} amounts")
+    if amounts and not (least <= min(amounts) and max(amounts) <= MAX_AMOUNT):
+        raise ValueError(f"an amount must be between {least} and 2^53, got {amounts}")
+    return amounts
 
 
 class Kind(IntEnum):
@@ -158,13 +174,13 @@ def decode(calls: Iterable[Call], reply: bytes) -> Reply:
     told = _decode(reply)
     if not told[0]:
         return Reply(done=False)
-    _, now_us, forgiven, clock_steps = told[:_HEAD]
+    now_us, forgiven, clock_steps = map(int, told[1:_HEAD])  # a sum of very much that is forgiven comes as a float
     results: list[Result] = []
     at = _HEAD
     for kind, refs, costs, handle in calls:
         if kind is Kind.SETTLE:
-            results.append(told[at])
-            forgiven += told[at]
+            results.append(int(told[at]))
+            forgiven += int(told[at])
             at += 1
             continue
         assert handle is not None  # noqa: S101 - who asks for more than a settlement has a plan

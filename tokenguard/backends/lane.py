@@ -261,12 +261,19 @@ class Lane:
             self._rest()
             return
         self._number += 1
+        calls = [waiting.call for waiting in batch]
+        recorded = any(call.kind is Kind.SETTLE for call in calls)
+        try:
+            keys, payload = self._encoded(calls, self._number, recorded=recorded, now_us=batch[0].now_us)
+        except Exception as error:  # whatever it is, it would not go away, and somebody waits
+            for waiting in batch:
+                if not waiting.future.done():
+                    waiting.future.set_exception(error)
+            self._go_on()
+            return
         self._flying = batch
         self._crowd = len(batch) > 1
         self._timer = self._loop.call_at(batch[0].until_s, self._late)
-        calls = [waiting.call for waiting in batch]
-        recorded = any(call.kind is Kind.SETTLE for call in calls)
-        keys, payload = self._encoded(calls, self._number, recorded=recorded, now_us=batch[0].now_us)
         self._link.send(CALLS, keys, (payload,), self._landed)
 
     def _take(self) -> list[_Waiting]:

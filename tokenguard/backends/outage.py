@@ -30,6 +30,9 @@ class OwnHandle:
         self.plan = plan
         self.redis = redis
 
+    def __len__(self) -> int:
+        return len(self.redis)
+
 
 class Policy(Protocol):
     """Decides on calls while Redis is down.

@@ -11,7 +11,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 from tokenguard._bucket import BucketTable, Outcome
-from tokenguard.backends.batch import Kind, RedisHandle, scale_text
+from tokenguard.backends.batch import MAX_AMOUNT, Kind, RedisHandle, checked, scale_text
 from tokenguard.backends.lane import STATS, Lane, LinkLost
 from tokenguard.backends.link import RedisLink
 from tokenguard.backends.outage import OwnHandle, Policy, Watch
@@ -162,9 +162,10 @@ class RedisBackend:
         Raises:
             StaleHandle: A budget changed since the plan was prepared; the change is known by now.
             BackendDown: Redis is not to be had, and the policy says so.
+            ValueError: A cost is negative or over 2^53, or there are not as many as buckets.
         """
         lane = self._lane()
-        future = lane.ask(Kind.RESERVE, handle, costs, now_us)
+        future = lane.ask(Kind.RESERVE, handle, checked(costs, len(handle.refs), 0), now_us)
         try:
             outcome: Outcome = await future
         except asyncio.CancelledError:
@@ -181,8 +182,12 @@ class RedisBackend:
 
         Returns:
             How many tokens were forgiven, 0 if that is not known yet.
+
+        Raises:
+            ValueError: A delta is beyond 2^53, or there are not as many as buckets; nothing was changed.
         """
         lane = self._lane()
+        checked(deltas, len(handle), -MAX_AMOUNT)
         if not isinstance(handle, OwnHandle):
             return lane.ask(Kind.SETTLE, handle, deltas, now_us)
         settled: asyncio.Future[int] = asyncio.get_running_loop().create_future()

@@ -80,7 +80,6 @@ end
 local results = { 1, now_us, 0, 0 }
 local last = 4
 
-
 local function reserve(at, n)
     local passes = true
     for i = at + 1, at + n do
