@@ -45,6 +45,7 @@ check: runtime $(DONE)/check ## lint, types, and whether the stub matches the co
 	PATH="$(BIN):$$PATH" cython-lint tokenguard/_bucket.pyx
 
 bench: runtime $(DONE)/test ## a short benchmark, and whether its ratios hold
+	@tests/get-redis $(VENV)
 	$(BIN)/python -m pytest benchmarks -o addopts= --benchmark-only --benchmark-max-time=0.5 \
 	    --benchmark-json=benchmarks/results.json
 	$(BIN)/python benchmarks/guard.py benchmarks/results.json

@@ -55,6 +55,9 @@ class Outcome:
     def level(self, i: int) -> int:
         """Return what is in the bucket, in whole tokens, rounded down; negative is debt."""
 
+    def limit(self, i: int) -> int:
+        """Return the bucket's capacity, by which was decided."""
+
     def cost(self, i: int) -> int:
         """Return what the call asked of the bucket."""
 

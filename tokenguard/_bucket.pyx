@@ -461,6 +461,10 @@ cdef class Outcome:
         self.check(i)
         return floor_div(self.seen[i].level, self.plan.entries[i].want.unit)
 
+    def limit(self, int i):
+        self.check(i)
+        return self.plan.entries[i].want.capacity
+
     def cost(self, int i):
         self.check(i)
         return self.seen[i].cost

@@ -221,6 +221,9 @@ SETTINGS: dict[str, Setting] = {
 """Every setting. An empty value is as good as none."""
 
 
+_OF_REDIS = ("TOKENGUARD_REALM", "TOKENGUARD_REDIS_TIMEOUT_S", "TOKENGUARD_REDIS_DOWN", "TOKENGUARD_NODES")
+
+
 def read_config(environ: Mapping[str, str]) -> Config:
     """Return what the environment says.
 
@@ -229,6 +232,10 @@ def read_config(environ: Mapping[str, str]) -> Config:
     """
     _check_names(environ)
     values = {name: _read(environ, name) for name in SETTINGS}
+    given = [name for name in environ if environ[name].strip()]
+    for name in _OF_REDIS:
+        if name in given and values["REDIS_URL"] is None:
+            raise InvalidSetting(name, f"{name} is set, but REDIS_URL is not: without Redis nothing is shared")
     if values["TOKENGUARD_REDIS_DOWN"] == "share" and values["TOKENGUARD_NODES"] is None:
         raise InvalidSetting(
             "TOKENGUARD_NODES",
@@ -240,7 +247,7 @@ def read_config(environ: Mapping[str, str]) -> Config:
         openai_base_url=values["OPENAI_BASE_URL"],
         openai_organization=values["OPENAI_ORG_ID"],
         openai_project=values["OPENAI_PROJECT_ID"],
-        defaults=_defaults(values, [name for name in environ if environ[name].strip()]),
+        defaults=_defaults(values, given),
         admin_token=values["TOKENGUARD_ADMIN_TOKEN"],
         admin_allow=values["TOKENGUARD_ADMIN_ALLOW"],
         redis=values["REDIS_URL"],

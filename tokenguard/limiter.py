@@ -183,7 +183,7 @@ def _decision(plan: Plan, outcome: Outcome) -> Decision:
     buckets = tuple(
         BucketState(
             name=budget.name,
-            limit=budget.scale.capacity,
+            limit=outcome.limit(i),
             level=outcome.level(i),
             cost=outcome.cost(i),
             wait_us=outcome.wait_us(i),

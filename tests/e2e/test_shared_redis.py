@@ -79,7 +79,7 @@ def test_outage_is_told_and_ends_without_a_restart(redis, settings, fake, tmp_pa
         assert str(redis.port) not in json.dumps(error)
         degraded = health(server)
         assert degraded["status"] == "degraded"
-        assert "closed" in degraded["trouble"]
+        assert "calls are answered 503" in degraded["trouble"]
         assert len(fake.received) == 1
 
         redis.start()
@@ -89,7 +89,7 @@ def test_outage_is_told_and_ends_without_a_restart(redis, settings, fake, tmp_pa
         assert server.level("user", "alice") == 470
         log = server.log
         assert PASSWORD not in log + server.start_line + json.dumps(degraded) + answers[0].text
-        assert [log.count(line) for line in ("Redis is not to be had", "Redis is back")] == [1, 1], log
+        assert [log.count(line) for line in ("Redis is unavailable", "Redis is back")] == [1, 1], log
 
 
 def test_idle_server_notices_that_redis_is_gone(redis, settings, tmp_path):

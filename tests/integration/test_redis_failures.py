@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import time
 
 import pytest
@@ -161,17 +162,13 @@ def test_idle_connection_that_is_killed_goes_unnoticed(redis, node):
     node.taken(10)
     with redis.client() as client:
         for _ in range(3):
+            wires = [lane._link._wire for lane in node.backend._lanes.values()]
             assert client.client_kill_filter(_type="normal", skipme=True)
-            until(lambda: not _wires(node), "the connection is still there")
+            until(lambda wires=wires: not any(wire.is_open for wire in wires), "the connection is still there")
             node.taken(10)
 
     assert node.level() == 960
     assert node.backend.stats()["outages"] == 0
-
-
-def _wires(node):
-    lanes = list(node.backend._lanes.values())
-    return [lane for lane in lanes if lane._link._wire is not None and lane._link._wire.is_open]
 
 
 def test_replica_is_not_written_to(redis):
@@ -199,6 +196,7 @@ def test_full_memory_charges_nobody_and_loses_no_settlement(redis, node):
         why, _ = refused(node)
         assert "OOM" in why
         assert "maxmemory" in node.trouble
+        assert "script" not in node.trouble
         assert node.limiter.settle(reservation, 30) == 0
         assert node.backend.stats()["owed"] == 1
 
@@ -207,6 +205,38 @@ def test_full_memory_charges_nobody_and_loses_no_settlement(redis, node):
     node.comes_back()
     assert node.level() == 970
     assert node.backend.stats()["owed"] == 0
+
+
+def test_admin_is_not_held_up_by_an_outage_that_is_known(redis, node):
+    """Who asks for budgets while Redis is known to be silent is told at once."""
+    redis.freeze()
+    try:
+        refused(node)
+        began_s = time.monotonic()
+        for _ in range(3):
+            with pytest.raises(BackendDown):
+                node.level()
+        assert time.monotonic() - began_s < TIMEOUT_S
+    finally:
+        redis.thaw()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rest", "words"),
+    [
+        ("redis+cluster", "", "luster"),
+        ("redis+sentinel", "/group", "no Sentinel knows|unknown command .SENTINEL"),
+        ("rediss", "", "SSL|no answer"),
+    ],
+)
+def test_what_is_not_what_the_url_says_is_told_in_a_line(redis, caplog, scheme, rest, words):
+    """No traceback, and nothing of the insides of a library."""
+    with Node(f"{scheme}://127.0.0.1:{redis.port}{rest}") as node:
+        refused(node)
+        assert re.search(words, node.trouble)
+        assert "object" not in node.trouble
+        assert "<" not in node.trouble
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_eviction_is_warned_of(redis, caplog):

@@ -34,6 +34,7 @@ def test_share_serves_a_part_of_each_budget(redis):
 
         assert isinstance(decision, Decision)
         assert str(decision.binding.name.scope) == "user:alice"
+        assert (decision.binding.limit, decision.binding.remaining) == (500, 0)
 
 
 def test_share_refills_at_its_part_of_the_rate(redis):
@@ -58,11 +59,11 @@ def test_never_is_judged_by_the_whole_budget(redis):
         node.goes_down()
 
         never = node.reserve(2001)
-        with pytest.raises(BackendDown, match="share"):
-            node.reserve(900)
 
         assert never.retry_after_us == 10**15
-        assert never.binding.limit == 1000
+        node.taken(900)
+        with pytest.raises(BackendDown, match="share"):
+            node.reserve(1)
 
 
 def test_share_of_nothing_serves_nobody(redis):
@@ -82,6 +83,39 @@ def test_node_that_has_never_seen_the_budgets_serves_nobody():
     """It cannot know what to share."""
     with share("redis://127.0.0.1:1") as node, pytest.raises(BackendDown, match="never seen"):
         node.reserve(1)
+
+
+def test_call_larger_than_the_share_reserves_all_of_it(redis):
+    """It passes, and what it used beyond is debt, on the node and in Redis."""
+    with Road(redis.port) as road, share(road.url, 5, defaults={"user": grant(1000, 1)}) as node:
+        node.taken(1, "nobody")
+        road.block()
+        node.goes_down()
+        reservation = node.taken(450)
+        assert isinstance(node.reserve(1), Decision)
+        node.limiter.settle(reservation, 480)
+
+        decision = node.reserve(1)
+
+        assert decision.binding.level == 200 - 480
+        road.clear()
+        node.comes_back()
+        until(lambda: 520 <= node.level() <= 525, "it is not charged")
+
+
+def test_node_that_nobody_asks_knows_a_budget_that_another_node_set(redis):
+    """Were it to learn of budgets by its own calls alone, it would share what is not there."""
+    with share(redis.url) as idle, Node(redis.url) as other:
+        idle.taken(1, "nobody")
+        other.set("user:alice", grant(10))
+        until(lambda: idle.backend.epoch == other.backend.epoch, "it does not learn of it")
+        redis.kill()
+        idle.goes_down()
+
+        idle.taken(5)
+
+        with pytest.raises(BackendDown, match="share"):
+            idle.reserve(1)
 
 
 def test_what_was_spent_alone_is_charged_on_return(redis):

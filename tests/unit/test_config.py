@@ -291,7 +291,18 @@ def test_share_needs_the_number_of_nodes():
 @pytest.mark.parametrize("realm", ["a b", "a{b}", "a:b", "é", "a" * 65])
 def test_realm_that_would_not_be_one_hash_tag_is_refused(realm):
     """It stands in braces in every key."""
-    assert refused(TOKENGUARD_REALM=realm).field == "TOKENGUARD_REALM"
+    assert refused(REDIS_URL="redis://redis", TOKENGUARD_REALM=realm).field == "TOKENGUARD_REALM"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("TOKENGUARD_REDIS_DOWN", "closed"), ("TOKENGUARD_NODES", "2"), ("TOKENGUARD_REALM", "a")]
+)
+def test_setting_of_redis_without_redis_is_refused(name, value):
+    """Whoever sets one believes that budgets are shared."""
+    error = refused(**{name: value})
+
+    assert error.field == name
+    assert "REDIS_URL is not" in str(error)
 
 
 # --- secrets ------------------------------------------------------------------------------------------------

@@ -38,6 +38,29 @@ def test_url_is_read_and_shown_without_credentials(url):
 
 
 @pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("http://redis", "begins with none of these"),
+        ("redis://:hun#ter2@redis", "%23"),
+        ("redis://:hun?ter2@redis", "%3F"),
+        ("redis://:hunter2@redis:port", "a port is no number"),
+        ("redis://:hunter2@redis/one", "the database is no number"),
+        ("redis://:hunter2@", "the host is missing"),
+        ("redis+sentinel://:hunter2@redis", "the name of the group is missing"),
+        ("redis+cluster://:hunter2@redis/1", "database 0 only"),
+    ],
+)
+def test_error_says_what_is_wrong_and_shows_nothing_of_it(url, why):
+    """A password may be anywhere in a URL that cannot be read."""
+    with pytest.raises(ValueError, match="redis://") as caught:
+        read_redis_url(url)
+
+    assert why in str(caught.value)
+    assert "hun" not in str(caught.value)
+    assert "ter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "",

@@ -29,9 +29,12 @@ from tokenguard.errors import BackendDown, StaleHandle
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
 """Between two attempts to come back."""
 
-STATS = ("batches", "batched", "unanswered", "outages", "own", "forgiven", "clock_steps")
-"""What a lane counts: batches and the calls in them, batches whose answer did not come, times that it was down,
-calls that the policy admitted, tokens forgiven, and clocks that stepped back."""
+HEARTBEAT_S = 1.0
+"""How long a lane that nobody asks anything goes without a look at Redis."""
+
+STATS = ("batches", "batched", "unanswered", "own", "forgiven", "clock_steps")
+"""What a lane counts: batches and the calls in them, batches whose answer did not come, calls that the policy
+admitted, tokens forgiven, and clocks that stepped back."""
 
 _STALE = "a budget changed since the plan was prepared"
 _FAULT = "a batch failed inside TokenGuard"
@@ -112,13 +115,16 @@ class Lane:
         self._flying: list[_Waiting] = []
         self._busy = True  # a batch is under way or about to be, or the lane is coming back
         self._crowd = False
+        self._used = False
         self._idle: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._until_s = 0.0
         self._owed = Owed()
         self._unanswered: tuple[int, list[Call]] | None = None
         self.trouble: str | None = None
         self.stats = dict.fromkeys(STATS, 0)
         self._loop = asyncio.get_running_loop()
+        self._heart = self._loop.call_later(HEARTBEAT_S, self._beat)
         self._tried: asyncio.Future[None] = self._loop.create_future()
         self._task: asyncio.Task[None] = self._loop.create_task(self._return())
 
@@ -175,12 +181,12 @@ class Lane:
     def undo(self, outcome: Outcome) -> None:
         """Give back what an allowed outcome took, for whoever asked for it has gone."""
         handle: RedisHandle | OwnHandle = outcome.handle
-        deltas = tuple(-outcome.cost(i) for i in range(len(outcome)))
         if isinstance(handle, OwnHandle):
+            deltas = tuple(-cost for cost in handle.costs)
             self._policy.settle(handle, deltas)
             self.owe(handle.redis, deltas)
         else:
-            self.ask(Kind.SETTLE, handle, deltas)
+            self.ask(Kind.SETTLE, handle, tuple(-outcome.cost(i) for i in range(len(outcome))))
 
     async def run(self, script: Script, keys: Sequence[bytes], args: Sequence[Any]) -> Any:  # noqa: ANN401 - as the script returns
         """Run another script, within the time limit.
@@ -239,6 +245,7 @@ class Lane:
         if self._busy and self.trouble is None:
             self._idle = self._loop.create_future()
             await asyncio.wait([self._idle], timeout=self._timeout_s)
+        self._heart.cancel()
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
@@ -273,7 +280,10 @@ class Lane:
             return
         self._flying = batch
         self._crowd = len(batch) > 1
-        self._timer = self._loop.call_at(batch[0].until_s, self._late)
+        # Whoever is in it has this long, but for a settlement at its head that has waited for Redis to come back.
+        self._until_s = max(batch[0].until_s, self._loop.time() + self._timeout_s / 4)
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._until_s, self._late)
         self._link.send(CALLS, keys, (payload,), self._landed)
 
     def _take(self) -> list[_Waiting]:
@@ -300,13 +310,18 @@ class Lane:
         return batch
 
     def _late(self) -> None:
-        self._link.drop(self._too_slow())
+        """See whether the batch under way is late. PERF: a timer for each would cost as much as taking it."""
+        self._timer = None
+        if not self._flying:
+            return
+        if self._until_s <= self._loop.time():
+            self._link.drop(self._too_slow())
+        else:
+            self._timer = self._loop.call_at(self._until_s, self._late)
 
     def _landed(self, answer: Any) -> None:  # noqa: ANN401 - of the script, or a LinkLost
         """Take in what came of the batch under way, and send the next."""
         batch, self._flying = self._flying, []
-        if self._timer is not None:
-            self._timer.cancel()
         if isinstance(answer, LinkLost):
             self._broke(batch, answer)
             return
@@ -351,13 +366,26 @@ class Lane:
     def _rest(self) -> None:
         """Nothing is left to do."""
         self._busy = False
+        self._used = True
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
+
+    def _beat(self) -> None:
+        """Look at Redis if nobody has for a while: is it there, and have budgets changed?
+
+        NOTE: no call needs this, but an outage does. A node that shares must know the budgets of others, and `/`
+        must not call well what is not.
+        """
+        self._heart = self._loop.call_later(HEARTBEAT_S, self._beat)
+        if not self._busy and not self._used:
+            self._busy = True
+            self._task = self._loop.create_task(self._refresh_for([]))
+        self._used = False
 
     async def _refresh_for(self, stale: list[_Waiting]) -> None:
         """Learn the budgets anew, and only then let callers try again."""
         try:
-            async with asyncio.timeout_at(stale[0].until_s):
+            async with asyncio.timeout_at(stale[0].until_s if stale else None):
                 await self.refresh()
         except (LinkLost, TimeoutError) as error:
             lost = error if isinstance(error, LinkLost) else self._too_slow()
@@ -449,7 +477,6 @@ class Lane:
     def _stand_alone(self, trouble: str) -> None:
         """Let the policy decide on all that wait, and on all that come until Redis is back."""
         if self.trouble is None:
-            self.stats["outages"] += 1
             self._watch.lost(self, trouble)
         self.trouble = trouble
         self._has_been_tried()

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import re
+import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,9 +19,8 @@ import hiredis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.connection import Connection, SSLConnection, UnixDomainSocketConnection
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from tokenguard.backends.lane import LinkLost
 from tokenguard.backends.redis_url import RedisUrl
@@ -29,6 +29,8 @@ from tokenguard.backends.scripts import Script
 _ONCE = Retry(NoBackoff(), 0)
 """The lane says when to connect again."""
 
+_NOISE = re.compile(r"\.? script: [0-9a-f]{40}.*")
+"""What Redis adds to the error of a script: which one, and where."""
 _EVICTION = re.compile(rb"maxmemory_policy:((?!noeviction)\S+)")
 _ELSEWHERE = frozenset(("MOVED", "ASK", "READONLY"))
 """Errors that say that the buckets are with another server now."""
@@ -80,7 +82,7 @@ class RedisLink:
                 return
             try:
                 wire = self._wire = Wire(await self._connection(), self.closed)
-            except (RedisError, OSError) as error:
+            except Exception as error:  # whatever redis-py says
                 raise self._lost(error) from None
         await wire.ask("CLIENT", "SETNAME", "tokenguard")  # both of these a user may not be allowed: so be it
         info = await wire.ask("INFO", "memory")
@@ -165,13 +167,18 @@ class RedisLink:
         if isinstance(error, LinkLost):
             return error
         cause = error.__cause__ or error.__context__ or error
-        if isinstance(cause, OSError) and cause.errno and not isinstance(cause, ssl.SSLError):
-            return LinkLost(f"cannot connect to {self._url}: {os.strerror(cause.errno)}")
-        text = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, MasterNotFoundError):
+            text = f"no Sentinel knows a primary of the group {self._url.group}"
+        elif isinstance(cause, socket.gaierror):
+            text = f"cannot connect: {cause.strerror}"
+        elif isinstance(cause, OSError) and cause.errno and not isinstance(cause, ssl.SSLError):
+            text = f"cannot connect: {os.strerror(cause.errno)}"
+        else:
+            text = _NOISE.sub("", " ".join(str(error).split())).rstrip(". ") or type(error).__name__
         for secret in self._url.secrets:
             text = text.replace(secret, "…")
         code = error.code if isinstance(error, Refused) else ""
-        return LinkLost(text[:200], undone=code in _UNDONE, at_once=code in _ELSEWHERE)
+        return LinkLost(f"{text[:200]} ({self._url})", undone=code in _UNDONE, at_once=code in _ELSEWHERE)
 
 
 def _ignore(why: LinkLost) -> None:

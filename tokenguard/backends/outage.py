@@ -22,13 +22,17 @@ class OwnHandle:
     Attributes:
         plan: The plan in the node's own table.
         redis: The plan that it stands for.
+        costs: What Redis will be charged.
+        beyond: By how much that is more than what was taken from each bucket of the node's own.
     """
 
-    __slots__ = ("plan", "redis")
+    __slots__ = ("beyond", "costs", "plan", "redis")
 
-    def __init__(self, plan: Handle, redis: RedisHandle) -> None:
+    def __init__(self, plan: Handle, redis: RedisHandle, costs: tuple[int, ...], beyond: tuple[int, ...]) -> None:
         self.plan = plan
         self.redis = redis
+        self.costs = costs
+        self.beyond = beyond
 
     def __len__(self) -> int:
         return len(self.redis)
@@ -38,10 +42,10 @@ class Policy(Protocol):
     """Decides on calls while Redis is down.
 
     Attributes:
-        name: As the setting has it.
+        means: What it does, in words.
     """
 
-    name: str
+    means: str
 
     def reserve(self, handle: RedisHandle, costs: tuple[int, ...], trouble: str) -> Outcome:
         """Decide on a call; its outcome's handle says how to settle it.
@@ -58,19 +62,24 @@ class Watch:
     """Logs once that Redis is lost and once that it is back, however many of a node's lanes find out.
 
     Args:
-        policy: The name of what decides meanwhile.
+        meanwhile: What is done meanwhile, in words.
+
+    Attributes:
+        outages: How often it was lost.
     """
 
-    def __init__(self, policy: str) -> None:
-        self._policy = policy
+    def __init__(self, meanwhile: str) -> None:
+        self._meanwhile = meanwhile
         self._lock = threading.Lock()
         self._lost: set[object] = set()
+        self.outages = 0
 
     def lost(self, lane: object, trouble: str) -> None:
         """A lane has lost Redis."""
         with self._lock:
             if not self._lost:
-                _log.error("Redis is not to be had: %s; until it is back, the policy is %r", trouble, self._policy)
+                self.outages += 1
+                _log.error("Redis is unavailable: %s; until it is back, %s", trouble, self._meanwhile)
             self._lost.add(lane)
 
     def back(self, lane: object) -> None:
@@ -89,7 +98,7 @@ class Watch:
 class Closed:
     """No Redis, no calls."""
 
-    name = "closed"
+    means = "calls are answered 503"
 
     def reserve(self, handle: RedisHandle, costs: tuple[int, ...], trouble: str) -> Outcome:  # noqa: ARG002 - as every policy's
         """Decide on nothing."""
@@ -104,16 +113,16 @@ class Share:
     """Each of N nodes goes by an Nth of every budget, in a table of its own.
 
     Its levels live on between outages, so that a Redis that comes and goes grants nothing anew. Over an outage all
-    nodes together admit at most what one budget would, C + R·t, beside the C + R·t that Redis did.
+    nodes together reserve at most what one budget would, C + R·t, beside the C + R·t that Redis did. A call that
+    asks for more than the share reserves all of it; what it uses beyond becomes debt, here and in Redis.
 
     Args:
         table: The node's own.
         nodes: How many nodes there are.
     """
 
-    name = "share"
-
     def __init__(self, table: BucketTable, nodes: int) -> None:
+        self.means = f"this process goes by one part in {nodes} of every budget"
         self._table = table
         self._nodes = nodes
 
@@ -122,18 +131,24 @@ class Share:
         if handle.epoch == NO_EPOCH:
             raise BackendDown("The shared budgets cannot be reached, and this node has never seen them", trouble)
         if handle.share is None:
-            handle.share = embedded(
-                self._table, handle.budgets, [self._part(b.scale, trouble) for b in handle.budgets]
-            )
-        outcome = self._table.reserve(handle.share, costs)
-        if outcome.retry_after_us >= NEVER_US:
-            self._check_never(handle, costs, trouble)
-        outcome.handle = OwnHandle(handle.share, handle)
+            parts = [self._part(budget.scale, trouble) for budget in handle.budgets]
+            handle.share = embedded(self._table, handle.budgets, parts)
+        taken = tuple(
+            cost if cost > budget.scale.capacity else min(cost, budget.scale.capacity // self._nodes)
+            for cost, budget in zip(costs, handle.budgets, strict=True)
+        )
+        outcome = self._table.reserve(handle.share, taken)
+        if outcome.retry_after_us >= NEVER_US and taken[outcome.binding] <= outcome.limit(outcome.binding):
+            # A grant's share is used up, but who knows of the grant?
+            raise BackendDown("The shared budgets cannot be reached, and this node's share is used up", trouble)
+        beyond = tuple(cost - here for cost, here in zip(costs, taken, strict=True))
+        outcome.handle = OwnHandle(handle.share, handle, costs, beyond)
         return outcome
 
     def settle(self, handle: OwnHandle, deltas: tuple[int, ...]) -> int:
         """Settle in the node's own table."""
-        return self._table.settle(handle.plan, deltas)
+        own = tuple(delta + more for delta, more in zip(deltas, handle.beyond, strict=True))
+        return self._table.settle(handle.plan, own)
 
     def _part(self, scale: Scale, trouble: str) -> Scale:
         try:
@@ -145,13 +160,6 @@ class Share:
                 trouble,
             ) from None
 
-    def _check_never(self, handle: RedisHandle, costs: tuple[int, ...], trouble: str) -> None:
-        """Let a "never" stand only where the whole budget would say so too."""
-        if not any(cost > budget.scale.capacity for cost, budget in zip(costs, handle.budgets, strict=True)):
-            raise BackendDown(
-                "The shared budgets cannot be reached, and this node's share of them does not suffice", trouble
-            )
-
 
 class Open:
     """Every call passes, and is counted.
@@ -160,7 +168,7 @@ class Open:
         table: Where calls are counted until Redis can be told.
     """
 
-    name = "open"
+    means = "every call passes"
 
     def __init__(self, table: BucketTable) -> None:
         self._table = table
@@ -169,7 +177,7 @@ class Open:
         """Admit it."""
         self._table.settle(handle.plan, costs)
         outcome = self._table.peek(handle.plan)
-        outcome.handle = OwnHandle(handle.plan, handle)
+        outcome.handle = OwnHandle(handle.plan, handle, costs, (0,) * len(costs))
         return outcome
 
     def settle(self, handle: OwnHandle, deltas: tuple[int, ...]) -> int:

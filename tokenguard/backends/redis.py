@@ -77,7 +77,7 @@ class RedisBackend:
         self._url = url
         self._realm = Realm(realm)
         self._policy = policy
-        self._watch = Watch(policy.name)
+        self._watch = Watch(policy.means)
         self._table = table
         self._timeout_s = timeout_s
         self.on = self._realm.on
@@ -109,17 +109,18 @@ class RedisBackend:
 
     def describe(self) -> str:
         """Return what this backend is."""
-        return f"redis at {self._url}, realm {self._realm.name}"
+        return f"redis at {self._url}, realm {self._realm.name}; while it is away, {self._policy.means}"
 
     def trouble(self) -> str | None:
         """Return what is wrong, if anything is."""
         found = next((lane.trouble for lane in list(self._lanes.values()) if lane.trouble is not None), None)
-        return None if found is None else f"Redis is not to be had: {found}; the policy is {self._policy.name!r}"
+        return None if found is None else f"Redis is unavailable: {found}; until it is back, {self._policy.means}"
 
     def stats(self) -> dict[str, int]:
         """Return counters, summed over the lanes."""
         lanes = list(self._lanes.values())
         totals = dict.fromkeys((*STATS, "owed", "dropped"), 0)
+        totals["outages"] = self._watch.outages
         totals["up"] = int(all(lane.trouble is None for lane in lanes))
         for lane in lanes:
             for name, number in {**lane.stats, "owed": lane.owed, "dropped": lane.dropped}.items():
@@ -232,7 +233,10 @@ class RedisBackend:
 
     async def _refresh(self) -> Lane:
         lane = self._lane()
+        await lane.ready()
         try:
+            if lane.trouble is not None:
+                raise LinkLost(lane.trouble)
             await lane.refresh()
         except LinkLost as error:
             raise BackendDown("The shared budgets cannot be reached", str(error)) from None

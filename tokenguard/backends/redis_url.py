@@ -8,9 +8,8 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 ALLOWED = (
-    "redis://[[user]:password@]host[:port][/database], rediss:// for TLS, unix:///path/to/socket, "
-    "redis+sentinel://[…@]host[:port],host[:port]…/group[/database] or redis+cluster://[…@]host[:port],…; "
-    "after a ?, ssl_ca_certs=FILE, ssl_cert_reqs=none, and sentinel_username= and sentinel_password="
+    "redis://[[user]:password@]host[:port][/database], rediss:// for TLS, unix:///path/to/socket[?db=database], "
+    "redis+sentinel://[…@]host[:port],…/group[/database] or redis+cluster://[…@]host[:port],…"
 )
 _SCHEMES = {"redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster"}
 _OPTIONS = {"ssl_ca_certs", "ssl_cert_reqs", "sentinel_username", "sentinel_password", "db"}
@@ -67,33 +66,38 @@ def read_redis_url(url: str) -> RedisUrl:
     """
     try:
         return _read(url)
-    except (ValueError, KeyError):
-        raise ValueError(f"{ALLOWED} (the value is not shown, for it may hold a password)") from None
+    except ValueError as error:
+        why = str(error) if isinstance(error, _Wrong) else "it is no URL"
+        raise ValueError(f"{ALLOWED}; {why} (it is not shown, for it may hold a password)") from None
+
+
+class _Wrong(ValueError):
+    """What is wrong with a URL, without any part of it."""
 
 
 def _read(url: str) -> RedisUrl:
     parts = urlsplit(url.replace("valkey", "redis", 1) if url.startswith("valkey") else url)
-    if parts.scheme not in _SCHEMES or parts.fragment or not url.isascii() or not url.isprintable() or " " in url:
-        raise ValueError
-    options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-    if not set(options) <= _OPTIONS:
-        raise ValueError
+    if parts.scheme not in _SCHEMES:
+        raise _Wrong("it begins with none of these")
+    if parts.fragment or not url.isascii() or not url.isprintable() or " " in url:
+        raise _Wrong("it holds what a URL may not: in a password, write # / ? @ and the like as %23 %2F %3F %40")
+    options = _options(parts.query)
     credentials, _, netloc = parts.netloc.rpartition("@")
     kind = parts.scheme.partition("+")[2] or "server"
     path = [unquote(part) for part in parts.path.split("/")[1:]]
     is_file = parts.scheme == "unix"
     group = path.pop(0) if kind == "sentinel" and path else ""
     if kind == "sentinel" and not group:
-        raise ValueError
+        raise _Wrong("the name of the group is missing")
     database = _database(options.get("db", "")) if is_file else _database("/".join(path))
     if kind == "cluster" and database:
-        raise ValueError
+        raise _Wrong("a cluster has database 0 only")
     connection = {**_login(credentials), **_tls(parts.scheme, options)}
     sentinel = {
         name: options[f"sentinel_{name}"] for name in ("username", "password") if f"sentinel_{name}" in options
     }
     if is_file and not (parts.path.startswith("/") and not netloc and len(parts.path) > 1):
-        raise ValueError
+        raise _Wrong("the path of the socket is missing, or does not begin with a slash")
     return RedisUrl(
         kind,
         () if is_file else _hosts(netloc, _SENTINEL_PORT if kind == "sentinel" else _PORT, many=kind != "server"),
@@ -105,12 +109,23 @@ def _read(url: str) -> RedisUrl:
     )
 
 
+def _options(query: str) -> dict[str, str]:
+    wrong = _Wrong(f"after a ? there may be {', '.join(sorted(_OPTIONS))}, and in a password it is %3F")
+    try:
+        options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
+    except ValueError:
+        raise wrong from None
+    if not set(options) <= _OPTIONS:
+        raise wrong
+    return options
+
+
 def _login(credentials: str) -> dict[str, Any]:
     if not credentials:
         return {}
     username, colon, password = credentials.partition(":")
     if not colon or not password:
-        raise ValueError
+        raise _Wrong("before the @ a password is missing")
     return {"username": unquote(username) or None, "password": unquote(password)}
 
 
@@ -118,10 +133,10 @@ def _tls(scheme: str, options: dict[str, str]) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if name.startswith("ssl_")}
     if not scheme.startswith("rediss"):
         if given:
-            raise ValueError
+            raise _Wrong("ssl_… go with rediss:// only")
         return {}
     if given.get("ssl_cert_reqs", "required") not in ("required", "none"):
-        raise ValueError
+        raise _Wrong("ssl_cert_reqs is required or none")
     checked = given.get("ssl_cert_reqs") != "none"
     return {
         "ssl": True,
@@ -135,17 +150,23 @@ def _database(text: str) -> int:
     if not text:
         return 0
     if not text.isdigit() or len(text) > 9:
-        raise ValueError
+        raise _Wrong("the database is no number")
     return int(text)
 
 
 def _hosts(netloc: str, port: int, *, many: bool) -> tuple[tuple[str, int], ...]:
     hosts = []
     for part in netloc.split(","):
-        one = urlsplit(f"//{part}")
-        if not one.hostname or one.port == 0:
-            raise ValueError
-        hosts.append((one.hostname, one.port or port))
+        try:
+            one = urlsplit(f"//{part}")
+            given = one.port
+        except ValueError:
+            raise _Wrong("a port is no number from 1 to 65535") from None
+        if not one.hostname:
+            raise _Wrong("the host is missing")
+        if given == 0:
+            raise _Wrong("a port is no number from 1 to 65535")
+        hosts.append((one.hostname, given or port))
     if len(hosts) > 1 and not many:
-        raise ValueError
+        raise _Wrong("it names several hosts")
     return tuple(hosts)
