@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import msgspec
@@ -76,8 +76,6 @@ class RedisHandle:
         share: What a node goes by on its own; made when it has to.
     """
 
-    __slots__ = ("budgets", "epoch", "plan", "refs", "share")
-
     def __init__(self, epoch: str, refs: tuple[Ref, ...], budgets: tuple[Budget, ...], plan: Handle) -> None:
         self.epoch = epoch
         self.refs = refs
@@ -87,6 +85,12 @@ class RedisHandle:
 
     def __len__(self) -> int:
         return len(self.refs)
+
+    @cached_property
+    def alone(self) -> tuple[list[bytes], list[str | int], list[int], list[int]]:
+        """What a batch of one call is made of: keys, scales, where these are, and how many buckets and which."""
+        keys, scales, scale_at, flat = _flat([Call(Kind.PEEK, self.refs, ())])
+        return keys, scales, scale_at, flat[1:]
 
 
 class Call(NamedTuple):
@@ -142,9 +146,19 @@ def _parts(text: str) -> tuple[str | int, ...]:
 
 
 def encode(
-    calls: Iterable[Call], number: int, epoch: str, *, recorded: bool, now_us: int | None = None
+    calls: Sequence[Call], number: int, epoch: str, *, recorded: bool, now_us: int | None = None
 ) -> tuple[list[bytes], bytes]:
     """Return the keys of a batch's buckets, and the batch as ``lua/calls.lua`` reads it."""
+    how = (number, recorded, epoch, False if now_us is None else now_us)
+    if len(calls) == 1 and (handle := calls[0].handle) is not None:  # PERF: row "one caller" of redis_rows
+        keys, scales, scale_at, places = handle.alone
+        return keys, _encode((*how, scales, scale_at, (calls[0].kind, *places, *calls[0].amounts)))
+    keys, scales, scale_at, flat = _flat(calls)
+    return keys, _encode((*how, scales, scale_at, flat))
+
+
+def _flat(calls: Iterable[Call]) -> tuple[list[bytes], list[str | int], list[int], list[int]]:
+    """Return the keys of some calls' buckets, their scales, where these are, and the calls themselves."""
     places: dict[Ref, int] = {}
     flat: list[int] = []
     for call in calls:
@@ -165,8 +179,7 @@ def encode(
             at = texts[ref.scale] = len(scales) + 1
             scales += _parts(ref.scale)
         scale_at.append(at)
-    batch = (number, recorded, epoch, False if now_us is None else now_us, scales, scale_at, flat)
-    return [ref.key for ref in places], _encode(batch)
+    return [ref.key for ref in places], scales, scale_at, flat
 
 
 def decode(calls: Iterable[Call], reply: bytes) -> Reply:
