@@ -27,6 +27,7 @@ def settings(redis, upstream_url):
         "OPENAI_API_KEY": OUR_KEY,
         "OPENAI_BASE_URL": upstream_url,
         "REDIS_URL": f"redis://:{PASSWORD}@127.0.0.1:{redis.port}",
+        "TOKENGUARD_REDIS_TIMEOUT_S": 10,
         "CAP_USER": 1000,
         "RATE_USER": 0,
     }

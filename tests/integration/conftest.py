@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.nodes import Node
+from tests.nodes import HastyNode
 from tests.proxy import Road
 from tests.redis_servers import RedisServer, valkey_command
 
@@ -40,7 +40,7 @@ def redis():
 @pytest.fixture
 def node(redis):
     """A node on it, which is closed to callers when Redis is lost."""
-    with Node(redis.url) as node:
+    with HastyNode(redis.url) as node:
         yield node
 
 

@@ -38,7 +38,7 @@ async def caller(node, until_s, told):
 async def main(url, capacity, rate, seconds):
     """Hammer, and tell."""
     told = dict.fromkeys(("allowed", "refused", "reserved", "refunded", "overrun"), 0)
-    with Node(url, dict.fromkeys(("team", "user"), grant(capacity, rate)), TOKENGUARD_REDIS_TIMEOUT_S=10) as node:
+    with Node(url, dict.fromkeys(("team", "user"), grant(capacity, rate))) as node:
         await node.backend.start()
         until_s = time.monotonic() + seconds
         await asyncio.gather(*[caller(node, until_s, told) for _ in range(CALLERS)])

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.house import grant
-from tests.nodes import TIMEOUT_S, Node, until
+from tests.nodes import TIMEOUT_S, HastyNode, until
 from tests.redis_servers import RedisServer, free_port
 from tokenguard.errors import BackendDown
 
@@ -30,7 +30,7 @@ def refused(node, tokens=10):
 def test_node_starts_without_redis_and_needs_no_restart_when_it_comes():
     """Nobody listens: calls are turned away at once; when somebody does, they pass."""
     port = free_port()
-    with Node(f"redis://127.0.0.1:{port}") as node:
+    with HastyNode(f"redis://127.0.0.1:{port}") as node:
         why, took_s = refused(node)
         assert "refused" in why
         assert took_s < AT_MOST_S
@@ -44,7 +44,7 @@ def test_node_starts_without_redis_and_needs_no_restart_when_it_comes():
 
 def test_redis_that_is_killed_and_comes_back_empty_has_its_budgets_again(redis, node):
     """What was set stays set, on every node, though buckets are full again."""
-    with Node(redis.url) as other:
+    with HastyNode(redis.url) as other:
         node.set("user:alice", grant(70), level=50)
         node.set("team:red", grant(500))
         assert other.level("team:red") == 500
@@ -70,7 +70,7 @@ def _outcome(node):
 
 def test_nodes_that_saw_different_budgets_agree_on_the_newer_ones(redis, node):
     """A node that missed the last change does not bring the old budgets back."""
-    with Node(redis.url) as behind:
+    with HastyNode(redis.url) as behind:
         node.set("user:alice", grant(100))
         behind.taken(1)
         node.set("user:alice", grant(50))
@@ -119,7 +119,7 @@ def test_crowd_that_meets_a_redis_which_never_answers_is_gone_in_time(redis):
             redis.thaw()
             await node.backend.stop()
 
-    with Node(redis.url) as node:
+    with HastyNode(redis.url) as node:
         outcomes, took_s = asyncio.run(crowd(node))
 
     assert {type(outcome) for outcome in outcomes} == {BackendDown}
@@ -177,7 +177,7 @@ def test_replica_is_not_written_to(redis):
         client.config_set("repl-diskless-sync-delay", 0)
     with RedisServer("--replicaof", "127.0.0.1", redis.port) as replica, replica.client() as client:
         until(lambda: client.info("replication")["master_link_status"] == "up", "the replica does not follow")
-        with Node(replica.url) as node:
+        with HastyNode(replica.url) as node:
             why, _ = refused(node)
             assert "READONLY" in why
 
@@ -231,7 +231,7 @@ def test_admin_is_not_held_up_by_an_outage_that_is_known(redis, node):
 )
 def test_what_is_not_what_the_url_says_is_told_in_a_line(redis, caplog, scheme, rest, words):
     """No traceback, and nothing of the insides of a library."""
-    with Node(f"{scheme}://127.0.0.1:{redis.port}{rest}") as node:
+    with HastyNode(f"{scheme}://127.0.0.1:{redis.port}{rest}") as node:
         refused(node)
         assert re.search(words, node.trouble)
         assert "object" not in node.trouble
@@ -243,7 +243,7 @@ def test_eviction_is_warned_of(redis, caplog):
     """A Redis that may throw buckets away is told of once, when a node comes to it."""
     with redis.client() as client:
         client.config_set("maxmemory-policy", "allkeys-lru")
-    with Node(redis.url) as node:
+    with HastyNode(redis.url) as node:
         node.taken(1)
         node.taken(1)
 
@@ -257,7 +257,7 @@ def test_eviction_is_warned_of(redis, caplog):
 
 def test_reserve_whose_answer_is_lost_is_never_sent_again(road):
     """It stays taken, once; the caller is turned away."""
-    with Node(road.url) as node:
+    with HastyNode(road.url) as node:
         node.taken(10)
         road.swallows = 1
         refused(node, tokens=100)
@@ -269,7 +269,7 @@ def test_reserve_whose_answer_is_lost_is_never_sent_again(road):
 
 def test_settlement_whose_answer_is_lost_counts_once(road):
     """It is sent again until it is known to have come, and does nothing the second time."""
-    with Node(road.url) as node:
+    with HastyNode(road.url) as node:
         reservations = [node.taken(100) for _ in range(5)]
         for reservation in reservations:
             road.swallows = 1
@@ -282,7 +282,7 @@ def test_settlement_whose_answer_is_lost_counts_once(road):
 
 def test_settlement_that_never_came_is_made_up_for(redis, road):
     """Cut off before the settlement left, and for a long time after: it is charged in the end, once."""
-    with Node(road.url) as node, Node(redis.url) as other:
+    with HastyNode(road.url) as node, HastyNode(redis.url) as other:
         reservation = node.taken(100)
         road.block()
         node.limiter.settle(reservation, 400)
@@ -297,7 +297,7 @@ def test_settlement_that_never_came_is_made_up_for(redis, road):
 
 def test_settlement_that_arrives_twice_counts_once(redis, road):
     """It was held back on the way, and arrives beside the one that was sent in its stead."""
-    with Node(road.url) as node, Node(redis.url) as other:
+    with HastyNode(road.url) as node, HastyNode(redis.url) as other:
         reservation = node.taken(100)
         road.block()
         node.limiter.settle(reservation, 40)
@@ -348,7 +348,7 @@ def test_password_appears_nowhere(caplog):
     """Neither a refused login nor a lost connection tells it, in logs, errors or what is shown."""
     with RedisServer("--requirepass", "correct-horse", login={"password": "correct-horse"}) as server:
         for url in ("redis://:battery-staple@127.0.0.1:%d", "redis://someone:battery-staple@127.0.0.1:%d"):
-            with Node(url % server.port) as node:
+            with HastyNode(url % server.port) as node:
                 why, _ = refused(node)
                 said = why + node.trouble + node.backend.describe() + repr(node.backend._url) + caplog.text
                 assert "battery-staple" not in said

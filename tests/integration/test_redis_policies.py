@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from tests.house import grant
-from tests.nodes import Node, until
+from tests.nodes import HastyNode, until
 from tests.proxy import Road
 from tokenguard.errors import BackendDown
 from tokenguard.limiter import Reservation
@@ -15,7 +15,7 @@ from tokenguard.model import Decision, Meter
 
 
 def share(url, nodes=2, **more):
-    return Node(url, TOKENGUARD_REDIS_DOWN="share", TOKENGUARD_NODES=nodes, **more)
+    return HastyNode(url, TOKENGUARD_REDIS_DOWN="share", TOKENGUARD_NODES=nodes, **more)
 
 
 # --- share ------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_call_larger_than_the_share_reserves_all_of_it(redis):
 
 def test_node_that_nobody_asks_knows_a_budget_that_another_node_set(redis):
     """Were it to learn of budgets by its own calls alone, it would share what is not there."""
-    with share(redis.url) as idle, Node(redis.url) as other:
+    with share(redis.url) as idle, HastyNode(redis.url) as other:
         idle.taken(1, "nobody")
         other.set("user:alice", grant(10))
         until(lambda: idle.backend.epoch == other.backend.epoch, "it does not learn of it")
@@ -120,7 +120,7 @@ def test_node_that_nobody_asks_knows_a_budget_that_another_node_set(redis):
 
 def test_what_was_spent_alone_is_charged_on_return(redis):
     """Settled, kept, refunded and still open: the shared bucket is charged for each what it took."""
-    with Road(redis.port) as road, share(road.url) as node, Node(redis.url) as other:
+    with Road(redis.port) as road, share(road.url) as node, HastyNode(redis.url) as other:
         before = node.taken(200)
         road.block()
         node.goes_down()
@@ -196,7 +196,11 @@ def test_nodes_cut_off_admit_no_more_than_one_budget_more(redis, nodes):
 
 def test_open_admits_and_charges_on_return(redis):
     """Every call passes, also beyond the budget; afterwards the bucket owes it."""
-    with Road(redis.port) as road, Node(road.url, TOKENGUARD_REDIS_DOWN="open") as node, Node(redis.url) as other:
+    with (
+        Road(redis.port) as road,
+        HastyNode(road.url, TOKENGUARD_REDIS_DOWN="open") as node,
+        HastyNode(redis.url) as other,
+    ):
         node.taken(1)
         road.block()
         node.goes_down()
@@ -212,7 +216,7 @@ def test_open_admits_and_charges_on_return(redis):
 
 def test_open_admits_on_a_node_that_has_never_seen_redis():
     """It knows of no budgets but the defaults, and asks for none."""
-    with Node("redis://127.0.0.1:1", TOKENGUARD_REDIS_DOWN="open") as node:
+    with HastyNode("redis://127.0.0.1:1", TOKENGUARD_REDIS_DOWN="open") as node:
         node.taken(5000)
 
 
