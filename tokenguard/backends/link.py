@@ -35,18 +35,7 @@ _EVICTION = re.compile(rb"maxmemory_policy:((?!noeviction)\S+)")
 _ELSEWHERE = frozenset(("MOVED", "ASK", "READONLY"))
 """Errors that say that the buckets are with another server now."""
 _UNDONE = _ELSEWHERE | frozenset(
-    (
-        "BUSY",
-        "CLUSTERDOWN",
-        "LOADING",
-        "MASTERDOWN",
-        "MISCONF",
-        "NOAUTH",
-        "NOPERM",
-        "NOREPLICAS",
-        "OOM",
-        "TRYAGAIN",
-    )
+    ("BUSY", "CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOAUTH", "NOREPLICAS", "OOM", "TRYAGAIN")
 )
 """Errors that say that nothing was done: our scripts write last, and what forbids the first write forbids all."""
 
@@ -138,8 +127,8 @@ class RedisLink:
     ) -> None:
         """Send a script at once; ``answered`` is called once, with its answer or with a ``LinkLost``."""
         wire = self._wire
-        if wire is None or not wire.is_open:
-            answered(LinkLost("the connection was closed", undone=True, at_once=True))
+        if wire is None:
+            answered(LinkLost("there is no connection", undone=True, at_once=True))
             return
         rest = (len(keys), *keys, *args)
 
@@ -147,7 +136,7 @@ class RedisLink:
             answered(self._lost(answer) if isinstance(answer, Exception) else answer)
 
         def first(answer: Any) -> None:  # noqa: ANN401 - as the script returns
-            if isinstance(answer, Refused) and answer.code == "NOSCRIPT" and wire.is_open:
+            if isinstance(answer, Refused) and answer.code == "NOSCRIPT":
                 wire.send(
                     ("EVAL", script.text, *rest), second
                 )  # Redis was restarted, or told to forget its scripts
@@ -229,6 +218,9 @@ class Wire(asyncio.Protocol):
 
     def send(self, command: tuple[Any, ...], answered: Callable[[Any], None]) -> None:
         """Send a command."""
+        if not self.is_open:
+            answered(LinkLost("the connection was closed", undone=True, at_once=True))
+            return
         self._pending.append(answered)
         self._transport.write(hiredis.pack_command(command))
 
