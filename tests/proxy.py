@@ -13,7 +13,6 @@ class Road:
     """Forwards connections on a port of its own to another port.
 
     Attributes:
-        blocked: Nothing that comes is passed on, either way, and nothing is closed: a network that lost its way.
         swallows: How many answers are still to be thrown away; with each, its connection is cut.
     """
 
@@ -21,7 +20,6 @@ class Road:
         self._target = port
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port = self._listening.getsockname()[1]
-        self.blocked = False
         self.swallows = 0
         self._open = threading.Event()
         self._open.set()
@@ -34,7 +32,7 @@ class Road:
         return f"redis://127.0.0.1:{self.port}"
 
     def block(self) -> None:
-        """Pass nothing on from now on."""
+        """Pass nothing on from now on, either way, and close nothing: a network that lost its way."""
         self._open.clear()
 
     def clear(self) -> None:

@@ -117,6 +117,7 @@ class Limiter:
         self, identity: Identity, model: str, prompt: int, total: int, now_us: int | None = None
     ) -> Reservation | Decision:
         """Do what ``reserve`` does, without holding up an event loop; if it is cancelled, nothing is taken."""
+        # PERF: the loop stands here once more, for a generator that serves both takes a quarter of a reserve.
         for tries_left in reversed(range(_TRIES)):
             plan = self._plans.resolve(identity, model)
             costs = plan.costs(prompt, total)

@@ -27,19 +27,21 @@ class Held:
     Attributes:
         sent: Batches that have been sent and not answered: what they hold, and whom to tell.
         numbers: The number of each batch that was sent.
+        looks: How often the budgets were asked for.
     """
 
     def __init__(self):
         self.closed = None
         self.sent = deque()
         self.numbers = []
-        self.dropped = 0
+        self.looks = 0
 
     async def connect(self):
         pass
 
     def send(self, script, keys, args, answered):  # noqa: ARG002 - as a lane calls it
         if script is BUDGETS:
+            self.looks += 1
             answered([EPOCH.encode(), 1])
         elif script is PUBLISH:
             answered(1)
@@ -53,7 +55,6 @@ class Held:
                 answered(reply([]))
 
     def drop(self, why):
-        self.dropped += 1
         while self.sent:
             self.sent.popleft()[1](why)
 
@@ -289,3 +290,20 @@ async def test_batch_that_cannot_be_written_holds_nobody_up(desk):
     possible = desk.reserve(1)
     desk.link.answer()
     assert (await possible).allowed
+
+
+@on_a_desk
+async def test_lane_that_nobody_asks_looks_at_redis_at_every_beat(desk):
+    """But not at one since which a call has travelled: that was a look."""
+    looks = desk.link.looks
+
+    for expected in (1, 2, 3):
+        desk.lane._beat()
+        await turns()
+        assert desk.link.looks == looks + expected
+
+    desk.reserve()
+    desk.link.answer()
+    desk.lane._beat()
+    await turns()
+    assert desk.link.looks == looks + 3

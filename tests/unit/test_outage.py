@@ -39,8 +39,8 @@ def test_share_and_open_say_how_to_settle():
 
         assert isinstance(outcome.handle, OwnHandle)
         assert outcome.handle.redis is handle
-        assert policy.settle(outcome.handle, (-4,)) == 0
-        assert table.peek(outcome.handle.plan).level(0) == (44 if isinstance(policy, Share) else 94)
+        assert outcome.handle.settle((-4,)) == 0
+        assert table.peek(outcome.handle._plan).level(0) == (44 if isinstance(policy, Share) else 94)
 
 
 @properties

@@ -16,14 +16,15 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from tokenguard._bucket import Outcome
 from tokenguard.backends.batch import MAX_CALLS, STALE, Call, Kind, RedisHandle, Reply, Result, decode, encode
 from tokenguard.backends.outage import OwnHandle, Policy, Watch
 from tokenguard.backends.owed import Owed
-from tokenguard.backends.realm import UNKNOWN, Mirror, Realm, read_changes, told
-from tokenguard.backends.scripts import BUDGETS, CALLS, PUBLISH, Script
+from tokenguard.backends.realm import Realm
+from tokenguard.backends.scripts import CALLS, Script
 from tokenguard.errors import BackendDown, StaleHandle
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0
@@ -76,6 +77,18 @@ class Link(Protocol):
 
     def drop(self, why: LinkLost) -> None:
         """Close the connection; whoever waits for an answer is told why there will be none."""
+
+
+async def answer_to(send: Callable[[Callable[[Any], None]], None]) -> Any:  # noqa: ANN401 - as it is answered
+    """Send what is answered by a callback, and wait for the answer."""
+    answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def answered(what: Any) -> None:  # noqa: ANN401 - as it is answered
+        if not answer.done():
+            answer.set_result(what)
+
+    send(answered)
+    return await answer
 
 
 class _Waiting(NamedTuple):
@@ -183,7 +196,7 @@ class Lane:
         handle: RedisHandle | OwnHandle = outcome.handle
         if isinstance(handle, OwnHandle):
             deltas = tuple(-cost for cost in handle.costs)
-            self._policy.settle(handle, deltas)
+            handle.settle(deltas)
             self.owe(handle.redis, deltas)
         else:
             self.ask(Kind.SETTLE, handle, tuple(-outcome.cost(i) for i in range(len(outcome))))
@@ -194,17 +207,10 @@ class Lane:
         Raises:
             LinkLost: There is no answer.
         """
-        answer: asyncio.Future[Any] = self._loop.create_future()
-
-        def answered(what: Any) -> None:  # noqa: ANN401 - as the script returns
-            if not answer.done():
-                answer.set_result(what)
-
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._link.connect()
-                self._link.send(script, keys, args, answered)
-                what = await answer
+                what = await answer_to(partial(self._link.send, script, keys, args))
         except TimeoutError:
             raise self._too_slow() from None
         if isinstance(what, LinkLost):
@@ -221,24 +227,7 @@ class Lane:
         Raises:
             LinkLost: There is no answer.
         """
-        realm = self._realm
-        for _ in range(2):
-            mine = realm.mirror
-            found, whole, *fields = await self.run(BUDGETS, realm.budgets_keys, (mine.epoch,))
-            epoch = found.decode()
-            if epoch and epoch == mine.epoch:
-                return
-            theirs = (UNKNOWN if whole else mine).changed(epoch, read_changes(fields))
-            if epoch and theirs.revision >= mine.revision:
-                realm.mirror = theirs
-                return
-            if mine.budgets:
-                _log.warning("Redis has lost budgets: this node publishes the %d that it knows", len(mine.all))
-            if not mine.epoch:
-                mine = Mirror(f"0:{secrets.token_hex(8)}", {})
-            if await self.run(PUBLISH, realm.budgets_keys, (epoch, mine.epoch, *told(mine))):
-                realm.mirror = mine
-                return
+        await self._realm.refresh(self.run)
 
     async def close(self) -> None:
         """Let what is under way end, within the time limit, and stop."""
@@ -279,6 +268,7 @@ class Lane:
             self._go_on()
             return
         self._flying = batch
+        self._used = True
         self._crowd = len(batch) > 1
         # Whoever is in it has this long, but for a settlement at its head that has waited for Redis to come back.
         self._until_s = max(batch[0].until_s, self._loop.time() + self._timeout_s / 4)
@@ -366,7 +356,6 @@ class Lane:
     def _rest(self) -> None:
         """Nothing is left to do."""
         self._busy = False
-        self._used = True
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 

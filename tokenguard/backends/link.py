@@ -13,6 +13,7 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import hiredis
@@ -22,7 +23,7 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 from redis.backoff import NoBackoff
 
-from tokenguard.backends.lane import LinkLost
+from tokenguard.backends.lane import LinkLost, answer_to
 from tokenguard.backends.redis_url import RedisUrl
 from tokenguard.backends.scripts import Script
 
@@ -137,9 +138,8 @@ class RedisLink:
 
         def first(answer: Any) -> None:  # noqa: ANN401 - as the script returns
             if isinstance(answer, Refused) and answer.code == "NOSCRIPT":
-                wire.send(
-                    ("EVAL", script.text, *rest), second
-                )  # Redis was restarted, or told to forget its scripts
+                # Nothing was done: Redis was restarted, or told to forget its scripts.
+                wire.send(("EVAL", script.text, *rest), second)
             else:
                 second(answer)
 
@@ -226,14 +226,7 @@ class Wire(asyncio.Protocol):
 
     async def ask(self, *command: Any) -> Any:  # noqa: ANN401 - as the command answers
         """Send a command and wait for its answer."""
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-        def answered(what: Any) -> None:  # noqa: ANN401 - as the command answers
-            if not answer.done():
-                answer.set_result(what)
-
-        self.send(command, answered)
-        return await answer
+        return await answer_to(partial(self.send, command))
 
     def data_received(self, data: bytes) -> None:
         """Hand out the answers that are whole."""

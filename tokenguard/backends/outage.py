@@ -19,23 +19,35 @@ _log = logging.getLogger("tokenguard")
 class OwnHandle:
     """A plan under which a node decided on its own; what was taken so is settled so.
 
-    Attributes:
-        plan: The plan in the node's own table.
-        redis: The plan that it stands for.
-        costs: What Redis will be charged.
-        beyond: By how much that is more than what was taken from each bucket of the node's own.
+    Args:
+        table: The node's own.
+        plan: The plan in that.
+        taken: What was taken there.
+        redis: The plan that it stands for; an attribute too.
+        costs: What Redis will be charged; an attribute too.
     """
 
-    __slots__ = ("beyond", "costs", "plan", "redis")
-
-    def __init__(self, plan: Handle, redis: RedisHandle, costs: tuple[int, ...], beyond: tuple[int, ...]) -> None:
-        self.plan = plan
+    def __init__(
+        self,
+        table: BucketTable,
+        plan: Handle,
+        taken: tuple[int, ...],
+        redis: RedisHandle,
+        costs: tuple[int, ...],
+    ) -> None:
+        self._table = table
+        self._plan = plan
+        self._taken = taken
         self.redis = redis
         self.costs = costs
-        self.beyond = beyond
 
     def __len__(self) -> int:
         return len(self.redis)
+
+    def settle(self, deltas: tuple[int, ...]) -> int:
+        """Settle in the node's own table, to what Redis will be charged; return the tokens forgiven."""
+        parts = zip(deltas, self.costs, self._taken, strict=True)
+        return self._table.settle(self._plan, tuple(delta + cost - taken for delta, cost, taken in parts))
 
 
 class Policy(Protocol):
@@ -53,9 +65,6 @@ class Policy(Protocol):
         Raises:
             BackendDown: It is not decided upon here.
         """
-
-    def settle(self, handle: OwnHandle, deltas: tuple[int, ...]) -> int:
-        """Settle what was taken here; return the tokens forgiven."""
 
 
 class Watch:
@@ -104,10 +113,6 @@ class Closed:
         """Decide on nothing."""
         raise BackendDown("The shared budgets cannot be reached", trouble)
 
-    def settle(self, handle: OwnHandle, deltas: tuple[int, ...]) -> int:  # noqa: ARG002 - as every policy's
-        """Settle nothing: nothing was taken."""
-        return 0
-
 
 class Share:
     """Each of N nodes goes by an Nth of every budget, in a table of its own.
@@ -141,14 +146,8 @@ class Share:
         if outcome.retry_after_us >= NEVER_US and taken[outcome.binding] <= outcome.limit(outcome.binding):
             # A grant's share is used up, but who knows of the grant?
             raise BackendDown("The shared budgets cannot be reached, and this node's share is used up", trouble)
-        beyond = tuple(cost - here for cost, here in zip(costs, taken, strict=True))
-        outcome.handle = OwnHandle(handle.share, handle, costs, beyond)
+        outcome.handle = OwnHandle(self._table, handle.share, taken, handle, costs)
         return outcome
-
-    def settle(self, handle: OwnHandle, deltas: tuple[int, ...]) -> int:
-        """Settle in the node's own table."""
-        own = tuple(delta + more for delta, more in zip(deltas, handle.beyond, strict=True))
-        return self._table.settle(handle.plan, own)
 
     def _part(self, scale: Scale, trouble: str) -> Scale:
         try:
@@ -177,9 +176,5 @@ class Open:
         """Admit it."""
         self._table.settle(handle.plan, costs)
         outcome = self._table.peek(handle.plan)
-        outcome.handle = OwnHandle(handle.plan, handle, costs, (0,) * len(costs))
+        outcome.handle = OwnHandle(self._table, handle.plan, costs, handle, costs)
         return outcome
-
-    def settle(self, handle: OwnHandle, deltas: tuple[int, ...]) -> int:
-        """Count what was used."""
-        return self._table.settle(handle.plan, deltas)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from tokenguard._bucket import BucketTable, Handle
 from tokenguard.backends.batch import RedisHandle, Ref, read_scale, scale_text
+from tokenguard.backends.scripts import BUDGETS, PUBLISH, Script
 from tokenguard.model import BucketName, Budget, Scale, Scope
+
+_log = logging.getLogger("tokenguard")
 
 NO_EPOCH = ""
 """What a node goes by that has not seen any budgets yet."""
@@ -85,6 +91,30 @@ class Realm:
     def on(self, scope: Scope) -> Collection[Budget]:
         """Return the explicit budgets of a scope, as they are known."""
         return self.mirror.budgets.get(scope, ())
+
+    async def refresh(self, run: Callable[[Script, Sequence[bytes], Sequence[Any]], Awaitable[Any]]) -> None:
+        """Bring the mirror up to date; publish it where Redis is empty or behind.
+
+        Args:
+            run: Runs a script and returns what it returns, or raises.
+        """
+        for _ in range(2):
+            mine = self.mirror
+            found, whole, *fields = await run(BUDGETS, self.budgets_keys, (mine.epoch,))
+            epoch = found.decode()
+            if epoch and epoch == mine.epoch:
+                return
+            theirs = (UNKNOWN if whole else mine).changed(epoch, read_changes(fields))
+            if epoch and theirs.revision >= mine.revision:
+                self.mirror = theirs
+                return
+            if mine.budgets:
+                _log.warning("Redis has lost budgets: this node publishes the %d that it knows", len(mine.all))
+            if not mine.epoch:
+                mine = Mirror(f"0:{secrets.token_hex(8)}", {})
+            if await run(PUBLISH, self.budgets_keys, (epoch, mine.epoch, *told(mine))):
+                self.mirror = mine
+                return
 
     def prepare(self, table: BucketTable, budgets: Sequence[Budget], epoch: str | None) -> RedisHandle:
         """Make a plan ready."""

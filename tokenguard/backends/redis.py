@@ -133,9 +133,7 @@ class RedisBackend:
 
     async def stop(self) -> None:
         """Let what is under way end, and disconnect."""
-        lane = self._lanes.pop(asyncio.get_running_loop(), None)
-        if lane is not None:
-            await lane.close()
+        await self._close_lane()
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
@@ -192,7 +190,7 @@ class RedisBackend:
         if not isinstance(handle, OwnHandle):
             return lane.ask(Kind.SETTLE, handle, deltas, now_us)
         settled: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        settled.set_result(self._policy.settle(handle, deltas))
+        settled.set_result(handle.settle(deltas))
         lane.owe(handle.redis, deltas)
         return settled
 
