@@ -2,10 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
-from tests.redis_servers import RedisServer
-
 TESTS = Path(__file__).parent
 
 
@@ -13,10 +9,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(TESTS):
             item.add_marker(item.path.relative_to(TESTS).parts[0])
-
-
-@pytest.fixture(scope="session")
-def redis_server():
-    """A server for the whole run, for tests that leave it as it is."""
-    with RedisServer() as server:
-        yield server

@@ -18,6 +18,7 @@ import openai
 import pytest
 
 from tests.e2e.fake_openai import FakeOpenAI, Serving
+from tests.redis_servers import RedisServer
 
 OUR_KEY = "sk-ours-0123456789"
 THEIR_KEY = "sk-the-callers-own"
@@ -184,6 +185,16 @@ def upstream_loop(_fake_server):
 @pytest.fixture(scope="session")
 def upstream_url(_fake_server):
     return f"http://127.0.0.1:{_fake_server[1].port}/v1"
+
+
+@pytest.fixture(scope="session")
+def redis_server():
+    """A Redis for the servers of these tests alone.
+
+    NOTE: a server that lives as long as the run publishes its budgets again whenever somebody empties its Redis.
+    """
+    with RedisServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="session", params=[*DRIVERS, "uvicorn with redis"])

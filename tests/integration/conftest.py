@@ -8,6 +8,13 @@ from tests.redis_servers import RedisServer, valkey_command
 
 
 @pytest.fixture(scope="session")
+def redis_server():
+    """A server for the whole run, for tests that leave it as it is."""
+    with RedisServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def valkey_server():
     """A Valkey for the whole run, likewise."""
     with RedisServer(command=valkey_command()) as server:
