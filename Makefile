@@ -62,7 +62,7 @@ clean: ## remove all that make has made, .venv/ too
 
 # The package is installed as editable, so that only the compiled core has to be built again after an edit.
 runtime: $(DONE)/runtime
-	@[ -n "$$(find tokenguard -name '_bucket.*.so' -newer tokenguard/_bucket.pyx)" ] || { \
+	@[ -n "$$(find tokenguard -name '_bucket.*.so' -newer tokenguard/_bucket.pyx -newer tokenguard/_region.h)" ] || { \
 	    echo "Compiling the core"; $(BIN)/python setup.py --quiet build_ext --inplace; }
 
 $(DONE)/runtime: pyproject.toml setup.py $(DONE)/venv

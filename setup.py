@@ -5,7 +5,14 @@ from setuptools import Extension, setup
 
 setup(
     ext_modules=cythonize(
-        [Extension("tokenguard._bucket", ["tokenguard/_bucket.pyx"], extra_compile_args=["-O3"])],
+        [
+            Extension(
+                "tokenguard._bucket",
+                ["tokenguard/_bucket.pyx"],
+                depends=["tokenguard/_region.h"],
+                extra_compile_args=["-O3"],
+            )
+        ],
         language_level=3,
     )
 )

@@ -1,9 +1,11 @@
 """The table of buckets: every bucket of the node in one mapped region, decided upon under one lock.
 
 Amounts are whole tokens (or requests), times are µs of wall-clock time. Where ``now_us`` is None, the clock is
-read once, under the lock. All methods may be called from any thread.
+read once, under the lock. All methods may be called from any thread, and from any process that maps the region.
 
-Source: docs/decisions/001-exact-integers.md and 002-one-table.md
+What changes the table happens whole or not at all, even if the process is killed in the middle of it.
+
+Source: docs/decisions/001-exact-integers.md, 002-one-table.md and 007-shared-table.md
 """
 
 from collections.abc import Iterable
@@ -13,6 +15,8 @@ MAX_PLAN: Final[int]
 """The most buckets that one plan may have: 32."""
 MAX_BUCKETS: Final[int]
 """The most buckets that one table may hold: 10^7."""
+MAX_ROWS: Final[int]
+"""How many processes can count in rows of their own: 128."""
 
 _Scale = tuple[int, int, int, int, int]
 """capacity, debt, gain, unit, tick_us: a ``model.Scale``."""
@@ -86,6 +90,20 @@ def outcome_of(
         ValueError: There are too few integers, or not as many costs as buckets.
     """
 
+def region_bytes(buckets: int) -> int:
+    """Return how long the region of a table is.
+
+    Raises:
+        ValueError: ``buckets`` is out of bounds.
+    """
+
+@final
+class Tally:
+    """Something that is counted, by every process in a row of its own."""
+
+    def add(self, amount: int = 1) -> None:
+        """Count; ``amount`` may be negative."""
+
 @final
 class BucketTable:
     """A table of token buckets.
@@ -93,24 +111,39 @@ class BucketTable:
     A bucket comes into being, full, when it is first charged. When room is needed, a bucket that is full again
     may be dropped, for it cannot be told from a new one; a bucket that is not full never is.
 
+    Processes share it if they map one file, or if they were forked off after it was made.
+
     Args:
-        buckets: How many it can hold, 1 to 10^7. Each takes 64 bytes, and its part of the index 6 to 12 bytes;
+        buckets: How many it can hold, 1 to 10^7. Each takes 64 bytes, 8 to 12 in the index, and 32 for budgets;
             the memory is reserved at once and used as buckets come.
-        seed: Keys the fingerprints, up to 64 bytes; random by default.
+        seed: Keys the fingerprints, up to 64 bytes; random by default. A table that is there has its own.
+        fd: A file of ``region_bytes(buckets)`` bytes to map: zeros to begin a table, or a table to share. Whoever
+            may begin one must be alone until it is made. None maps memory of this process and those forked off it.
+        mark: What whoever shares the table must know it by, up to 64 bytes.
 
     Raises:
-        ValueError: ``buckets`` is out of bounds.
+        ValueError: ``buckets`` is out of bounds, or the file holds another table than was asked for.
         OSError: The memory could not be had.
     """
 
-    def __new__(cls, buckets: int = 500_000, *, seed: bytes | None = None) -> BucketTable: ...
+    def __new__(
+        cls, buckets: int = 500_000, *, seed: bytes | None = None, fd: int | None = None, mark: bytes = b""
+    ) -> BucketTable: ...
     @property
     def seed(self) -> bytes:
         """What keys the fingerprints."""
 
     @property
+    def identity(self) -> bytes:
+        """16 random bytes that all who share the table see, and no other table has."""
+
+    @property
     def epoch(self) -> int:
         """A number that moves with every change of a budget."""
+
+    @property
+    def turn(self) -> int:
+        """A number that moves with everything that changes the table."""
 
     def prepare(self, buckets: Iterable[tuple[bytes, _Scale]], epoch: int | None = None) -> Handle:
         """Make a plan ready: each bucket's key and scale, in the order of the hierarchy.
@@ -158,12 +191,21 @@ class BucketTable:
     def peek(self, handle: Handle, now_us: int | None = None) -> Outcome:
         """Return the buckets as a reserve would find them, and change nothing. Costs and waits are 0.
 
+        Takes no lock and holds nobody up: each bucket is as it was at some moment, not all at the same.
+
         Raises:
-            TableBusy: The lock was held by somebody else for over a second.
+            TableBusy: A bucket was written all the time, and then the lock was held for over a second.
             ValueError: The handle is another table's.
         """
 
-    def configure(self, key: bytes, scale: _Scale, level: int | None = None, now_us: int | None = None) -> None:
+    def configure(
+        self,
+        key: bytes,
+        scale: _Scale,
+        level: int | None = None,
+        now_us: int | None = None,
+        record: bytes = b"",
+    ) -> None:
         """Give a bucket another scale at once; what was used stays used. Moves the epoch.
 
         Args:
@@ -171,19 +213,59 @@ class BucketTable:
             scale: The new one.
             level: Sets the level as well, -debt to capacity.
             now_us: The time.
+            record: What to put into the log of changes, in the same moment; no longer than ``log_room``.
 
         Raises:
             TableFull: A level was given for a bucket that is not in the table, and there is no room.
             TableBusy: The lock was held by somebody else for over a second; nothing was changed.
-            ValueError: The scale or the level is out of bounds.
+            ValueError: The scale or the level is out of bounds, or the record is too long.
         """
 
-    def remove(self, key: bytes) -> None:
+    def remove(self, key: bytes, record: bytes = b"") -> None:
         """Forget a bucket, if it is there. Moves the epoch.
 
         Raises:
             TableBusy: The lock was held by somebody else for over a second; nothing was changed.
+            ValueError: The record is too long.
         """
+
+    @property
+    def log_room(self) -> int:
+        """How many bytes the log of changes has room for."""
+
+    def changes(self, since: int) -> tuple[int, bool, bytes]:
+        """Return what is new in the log of changes.
+
+        Args:
+            since: What this returned before; 0 for everything.
+
+        Returns:
+            What to ask with the next time; whether the records are the whole log, rather than what was added; the
+            records.
+
+        Raises:
+            TableBusy: The lock was held by somebody else for over a second.
+        """
+
+    def rewrite(self, records: bytes) -> None:
+        """Put other records in the place of the log. Whoever does must hold the lock of changes.
+
+        Raises:
+            TableFull: They are longer than the log can be; nothing was changed.
+            TableBusy: The lock was held by somebody else for over a second; nothing was changed.
+        """
+
+    def lock_changes(self) -> None:
+        """Wait until nobody else changes budgets, and keep others from it. It is this thread's.
+
+        A process that dies sets it free.
+
+        Raises:
+            TableBusy: Somebody else had it for over ten seconds.
+        """
+
+    def unlock_changes(self) -> None:
+        """Let others change budgets."""
 
     def expire_handles(self) -> None:
         """Move the epoch: every plan must be prepared anew.
@@ -199,10 +281,68 @@ class BucketTable:
             level in units, tick, capacity, gain, unit, tick_us.
         """
 
+    def dump(self, start: int, slots: int, now_us: int | None = None) -> bytes:
+        """Return the buckets in some slots that are not full, as ``load`` takes them. Takes no lock.
+
+        Args:
+            start: The number of the first slot.
+            slots: How many slots to look at.
+            now_us: The time.
+
+        Raises:
+            TableBusy: A bucket was written all the time, and then the lock was held for over a second.
+        """
+
+    def load(self, records: bytes, now_us: int | None = None) -> None:
+        """Put buckets into the table, in the place of those that have the same fingerprints.
+
+        Args:
+            records: What ``dump`` returned, of a table with the same seed.
+            now_us: The time.
+
+        Raises:
+            TableFull: There is no room for all of them.
+            TableBusy: The lock was held by somebody else for over a second.
+            ValueError: They are no buckets, or one is out of bounds.
+        """
+
     def stats(self) -> dict[str, int]:
-        """Return counters.
+        """Return counters. Takes no lock.
 
         Returns:
             ``buckets`` that fit and ``used`` ones, ``reclaimed``, ``refused_full``, ``clock_steps`` back by over
-            1 s, tokens ``forgiven``, and the ``region_bytes`` of memory.
+            1 s, tokens ``forgiven``, times that the table was ``repaired`` after a process had died in the middle
+            of an operation, and the ``region_bytes`` of memory.
+        """
+
+    def tally(self, name: bytes) -> Tally:
+        """Return what counts under a name, for all who share the table.
+
+        Args:
+            name: 1 to 94 bytes. There is room for 1,024; names beyond that count together under one.
+
+        Raises:
+            TableBusy: The lock was held by somebody else for over a second.
+            ValueError: The name is too long.
+        """
+
+    def tallies(self) -> dict[bytes, list[int]]:
+        """Return what was counted, by name and row. Takes no lock."""
+
+    def rows(self) -> list[tuple[int, int]]:
+        """Return whose the rows are: process id and when it began, 0 and 0 for nobody's."""
+
+    def hold_row(self, row: int, pid: int, began: int, names: Iterable[bytes] = ()) -> None:
+        """Count in a row, and go on from what it holds. Whoever does must hold the lock of changes.
+
+        Until then a process counts in row 0.
+
+        Args:
+            row: 0 to 127.
+            pid: The process; 0 gives the row up.
+            began: When it began, in whatever unit.
+            names: What begins at 0.
+
+        Raises:
+            ValueError: There is no such row.
         """

@@ -280,6 +280,7 @@ def test_stats_show_what_the_table_holds():
         "refused_full": 0,
         "clock_steps": 0,
         "forgiven": 0,
+        "repaired": 0,
     }
 
 
