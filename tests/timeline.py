@@ -50,7 +50,7 @@ class RecordingBackend(MemoryBackend):
         assert now_us is None
         with self._one_at_a_time:
             now_us = self._clock_us()
-            outcome = self._table.reserve(handle, costs, now_us)
+            outcome = self.table.reserve(handle, costs, now_us)
             levels = tuple(outcome.level(i) for i in range(len(costs)))
             self.timeline.append(Step(self._plans[handle], costs, now_us, (outcome.allowed, levels)))
             return outcome
@@ -60,10 +60,10 @@ class RecordingBackend(MemoryBackend):
         with self._one_at_a_time:
             now_us = self._clock_us()
             self.timeline.append(Step(self._plans[handle], deltas, now_us, None))
-            return self._table.settle(handle, deltas, now_us)
+            return self.table.settle(handle, deltas, now_us)
 
     def state(self, name):
-        return self._table.state(name.key)
+        return self.table.state(name.key)
 
 
 def replay(timeline):

@@ -791,6 +791,7 @@ cdef class Tally:
 
 
 cdef class BucketTable:
+    cdef object __weakref__
     cdef Table table
     cdef Row *row
     cdef Py_buffer buffer

@@ -40,11 +40,11 @@ class Budgets:
         plans: What knows the defaults.
 
     Attributes:
-        waits: Whether the backend waits for somebody else, so that an event loop must not run these.
+        waits: Whether a change waits for somebody else or a disk, so that an event loop must not run these.
     """
 
     def __init__(self, backend: Backend, plans: Plans) -> None:
-        self.waits = backend.waits
+        self.waits = backend.changes_wait
         self._backend = backend
         self._plans = plans
 

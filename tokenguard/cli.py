@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import click
 
 from tokenguard import __version__, logs
+from tokenguard._bucket import MAX_ROWS
 from tokenguard.asgi import create_app
+from tokenguard.backends import Backend
 from tokenguard.config import Config, read_config
 from tokenguard.demo import DemoUpstream
 from tokenguard.errors import TokenGuardError
-from tokenguard.server import listen, run
+from tokenguard.server import listen, run, tell
+from tokenguard.supervisor import Supervisor, Worker
 from tokenguard.upstream import HttpxUpstream, Upstream
-from tokenguard.wiring import buckets, environment, provider
+from tokenguard.wiring import buckets, environment, node_of, provider
 
 
 class Cli(click.Group):
@@ -42,41 +46,75 @@ _port = click.option(
     help="The port; 0 picks a free one.",
 )
 
+_workers = click.option(
+    "--workers",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, MAX_ROWS),
+    help="How many processes serve; they share every bucket and every budget.",
+)
+
 
 @main.command()
 @_host
 @_port
-def serve(host: str, port: int) -> None:
+@_workers
+def serve(host: str, port: int, workers: int) -> None:
     """Guard the real provider.
 
     OPENAI_BASE_URL names it, and OPENAI_API_KEY is its key. Settings come from the environment and from .env;
     docs/settings.md describes them all.
     """
     config = _config()
-    _run(config, HttpxUpstream(provider(config)), host, port)
+    _run(config, HttpxUpstream(provider(config)), host, port, workers)
 
 
 @main.command()
 @_host
 @_port
-def demo(host: str, port: int) -> None:
+@_workers
+def demo(host: str, port: int, workers: int) -> None:
     """Guard a built-in demo that needs no key."""
-    _run(_config(), DemoUpstream(), host, port)
+    _run(_config(), DemoUpstream(), host, port, workers)
 
 
 def _config() -> Config:
     return read_config(environment())
 
 
-def _run(config: Config, upstream: Upstream, host: str, port: int) -> None:
+def _run(config: Config, upstream: Upstream, host: str, port: int, workers: int) -> None:
     logging.basicConfig(handlers=[logs.handler(as_json=config.log_json)], level=logging.INFO)
     for noisy in ("httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)  # they log URLs and headers
     listening = listen(host, port, config.caller_timeout_s)
-    backend = buckets(config)
-    app = create_app(config, upstream, backend)
-    guards = " | ".join((backend.describe(), f"upstream {upstream.describe()}", *_limits(config)))
-    run(app, listening, guards, caller_timeout_s=config.caller_timeout_s, patience_s=config.shutdown_timeout_s)
+    node = node_of(config)
+    backend = buckets(config, node)
+    crew = [f"{workers} workers"] if workers > 1 else []
+    guards = " | ".join((*crew, backend.describe(), f"upstream {upstream.describe()}", *_limits(config)))
+
+    def serve(backend: Backend, ready: Callable[[], None], lifeline: int | None = None) -> None:
+        run(
+            create_app(config, upstream, backend),
+            listening,
+            ready,
+            caller_timeout_s=config.caller_timeout_s,
+            patience_s=config.shutdown_timeout_s,
+            lifeline=lifeline,
+        )
+
+    def say() -> None:
+        tell(listening, guards)
+
+    def work(worker: Worker) -> None:
+        serve(buckets(config, node), worker.ready, worker.lifeline)
+
+    if workers == 1:
+        serve(backend, say)
+        return
+    started = Supervisor(workers, work, say, config.shutdown_timeout_s).run()
+    backend.close()  # what the last worker settled is saved too
+    if not started:
+        raise SystemExit(1)
 
 
 def _limits(config: Config) -> list[str]:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -42,6 +43,8 @@ class Config:
         redis_down: What decides while Redis is down: ``closed``, ``share`` or ``open``.
         nodes: How many nodes share a budget while Redis is down; given where ``redis_down`` is ``share``.
         buckets: How many buckets the table holds.
+        table: Where processes that were started apart share the table; None where none do.
+        state: Where budgets and levels are kept for the next start; None to keep none.
         max_body_bytes: The longest body that is read.
         connect_timeout_s: For a connection to the provider.
         read_timeout_s: For the provider to begin its answer, and between two pieces of it.
@@ -77,6 +80,8 @@ class Config:
     admin_token: str | None = field(default=None, repr=False)
     redis: RedisUrl | None = None
     nodes: int | None = None
+    table: Path | None = None
+    state: Path | None = None
 
 
 def _text(value: str) -> str:
@@ -136,6 +141,12 @@ def _one_of(*allowed: str) -> Callable[[str], str]:
         return value
 
     return read
+
+
+def _path(value: str) -> Path:
+    if not value.isprintable() or value.endswith("/"):
+        raise ValueError("the path of a file")
+    return Path(value)
 
 
 def _realm(value: str) -> str:
@@ -207,6 +218,8 @@ SETTINGS: dict[str, Setting] = {
     "TOKENGUARD_REDIS_DOWN": Setting(_one_of("closed", "share", "open"), "closed"),
     "TOKENGUARD_NODES": Setting(_whole(1, 10_000)),
     "TOKENGUARD_BUCKETS": Setting(_whole(1, MAX_BUCKETS), "500000"),
+    "TOKENGUARD_TABLE": Setting(_path),
+    "TOKENGUARD_STATE": Setting(_path),
     "TOKENGUARD_MAX_BODY_BYTES": Setting(_whole(1, 2**30), str(20 * 2**20)),
     "TOKENGUARD_CONNECT_TIMEOUT_S": Setting(_seconds, "5"),
     "TOKENGUARD_READ_TIMEOUT_S": Setting(_seconds, "600"),
@@ -236,6 +249,10 @@ def read_config(environ: Mapping[str, str]) -> Config:
     for name in _OF_REDIS:
         if name in given and values["REDIS_URL"] is None:
             raise InvalidSetting(name, f"{name} is set, but REDIS_URL is not: without Redis nothing is shared")
+    if values["REDIS_URL"] is not None and values["TOKENGUARD_STATE"] is not None:
+        raise InvalidSetting(
+            "TOKENGUARD_STATE", "TOKENGUARD_STATE is set, and so is REDIS_URL: what is in Redis, Redis keeps"
+        )
     if values["TOKENGUARD_REDIS_DOWN"] == "share" and values["TOKENGUARD_NODES"] is None:
         raise InvalidSetting(
             "TOKENGUARD_NODES",
@@ -256,6 +273,8 @@ def read_config(environ: Mapping[str, str]) -> Config:
         redis_down=values["TOKENGUARD_REDIS_DOWN"],
         nodes=values["TOKENGUARD_NODES"],
         buckets=values["TOKENGUARD_BUCKETS"],
+        table=values["TOKENGUARD_TABLE"],
+        state=values["TOKENGUARD_STATE"],
         max_body_bytes=values["TOKENGUARD_MAX_BODY_BYTES"],
         connect_timeout_s=values["TOKENGUARD_CONNECT_TIMEOUT_S"],
         read_timeout_s=values["TOKENGUARD_READ_TIMEOUT_S"],

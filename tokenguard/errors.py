@@ -64,6 +64,10 @@ class BackendDown(TokenGuardError):
         self.told = told
 
 
+class StateUnwritable(TokenGuardError):
+    """The state could not be written to the disk; what was to be changed is not."""
+
+
 class AlreadySettled(TokenGuardError):
     """The reservation has been settled or refunded before; nothing was changed."""
 

@@ -1,26 +1,69 @@
 """Counters of what happens to calls, and their exposition for Prometheus.
 
-No label comes from a caller: ids and models never do, so the number of time series is bounded.
-When no call is running, tokens reserved + overrun == settled + refunded.
+They are tallies of the node's table, so that whichever of its processes is asked, all are told of. No label comes
+from a caller: ids and models never do, so the number of time series is bounded. When no call is running, tokens
+reserved + overrun == settled + refunded.
 
 Source: https://prometheus.io/docs/practices/naming/
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
+from tokenguard._bucket import BucketTable, Tally
 from tokenguard._version import __version__
 from tokenguard.account import Account
 from tokenguard.backends import Backend
+from tokenguard.backends.workers import counted, living
 
-_UPSTREAM_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-_RATIOS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 2, 5, 10)
+_COUNTERS = {
+    "tokens_reserved": "Estimated tokens of admitted calls.",
+    "tokens_settled": "Tokens that calls were charged in the end.",
+    "tokens_refunded": "Reserved tokens that were given back.",
+    "tokens_overrun": "Tokens charged beyond what had been reserved.",
+    "settlements_lost": "Reservations kept as spent because the buckets were not to be had.",
+    "upstream_failures": "Calls that the provider did not answer, or whose answer broke off.",
+}
+_GAUGES = {
+    "calls_in_flight": "Calls that are not over yet.",
+    "reservations_open": "Reservations neither settled nor refunded nor kept as spent yet.",
+}
+_LABELLED: dict[str, tuple[tuple[str, ...], str]] = {
+    "requests": (("route", "status"), "Requests answered, by route and status."),
+    "refusals": (
+        ("scope", "meter"),
+        "Calls refused, by the kind of the scope whose budget did not suffice, and by what it counts.",
+    ),
+    "upstream_answers": (("status",), "Answers of the provider to calls, by status."),
+}
+_HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
+    "upstream_seconds": (
+        (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+        "Time from a call's being forwarded to the head of the provider's answer.",
+    ),
+    "estimate_ratio": (
+        (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 2, 5, 10),
+        "Tokens used to tokens estimated, for calls whose usage was told: below 1 too much was reserved.",
+    ),
+}
+_SEPARATOR = "\x1f"
+_MILLION = 1_000_000
 
 
 class Metrics:
@@ -31,93 +74,61 @@ class Metrics:
     """
 
     def __init__(self, backend: Backend) -> None:
-        self._registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "tokenguard_requests", "Requests answered, by route and status.", ("route", "status"),
-            registry=registry,
-        )  # fmt: skip
-        self._in_flight = _gauge(registry, "calls_in_flight", "Calls that are not over yet.")
-        self._open = _gauge(
-            registry, "reservations_open", "Reservations neither settled nor refunded nor kept as spent yet."
-        )
-        self._reserved = _counter(registry, "tokens_reserved", "Estimated tokens of admitted calls.")
-        self._settled = _counter(registry, "tokens_settled", "Tokens that calls were charged in the end.")
-        self._refunded = _counter(registry, "tokens_refunded", "Reserved tokens that were given back.")
-        self._overrun = _counter(registry, "tokens_overrun", "Tokens charged beyond what had been reserved.")
-        self._refusals = Counter(
-            "tokenguard_refusals",
-            "Calls refused, by the kind of the scope whose budget did not suffice, and by what it counts.",
-            ("scope", "meter"),
-            registry=registry,
-        )
-        self._lost = _counter(
-            registry, "settlements_lost", "Reservations kept as spent because the buckets were not to be had."
-        )
-        self._upstream = Counter(
-            "tokenguard_upstream_answers", "Answers of the provider to calls, by status.", ("status",),
-            registry=registry,
-        )  # fmt: skip
-        self._upstream_failures = _counter(
-            registry, "upstream_failures", "Calls that the provider did not answer, or whose answer broke off."
-        )
-        self._upstream_s = Histogram(
-            "tokenguard_upstream_seconds",
-            "Time from a call's being forwarded to the head of the provider's answer.",
-            buckets=_UPSTREAM_S,
-            registry=registry,
-        )
-        self._ratio = Histogram(
-            "tokenguard_estimate_ratio",
-            "Tokens used to tokens estimated, for calls whose usage was told: below 1 too much was reserved.",
-            buckets=_RATIOS,
-            registry=registry,
-        )
-        registry.register(BackendCollector(backend))
-        ProcessCollector(registry=registry)
+        table = backend.table
+        self._registry = CollectorRegistry()
+        self._registry.register(NodeCollector(backend))
+        self._count = {name: _tally(table, name).add for name in (*_COUNTERS, *_GAUGES)}
+        self._histograms = {name: _Histogram(table, name, bounds) for name, (bounds, _) in _HISTOGRAMS.items()}
+
+        @cache
+        def labelled(name: str, *labels: str) -> Tally:
+            return _tally(table, name, *labels)
+
+        self._labelled = labelled
 
     def answered(self, route: str | None, status: int) -> None:
         """Count a request of any kind; ``route`` is None for a path that is not there."""
-        self._requests.labels(route or "other", str(status)).inc()
+        self._labelled("requests", route or "other", str(status)).add()
 
     def began(self) -> None:
         """Count a call that has begun."""
-        self._in_flight.inc()
+        self._count["calls_in_flight"](1)
 
     def admitted(self, account: Account) -> None:
         """Count a reservation."""
-        self._open.inc()
-        self._reserved.inc(account.estimate)
+        self._count["reservations_open"](1)
+        self._count["tokens_reserved"](account.estimate)
 
     def settled(self, account: Account) -> None:
         """Count what became of a reservation."""
-        self._open.dec()
+        self._count["reservations_open"](-1)
         unused = account.estimate - account.charged
-        self._settled.inc(account.charged)
+        self._count["tokens_settled"](account.charged)
         if unused > 0:
-            self._refunded.inc(unused)
+            self._count["tokens_refunded"](unused)
         elif unused < 0:
-            self._overrun.inc(-unused)
+            self._count["tokens_overrun"](-unused)
         if account.usage_told and account.estimate:
-            self._ratio.observe(account.charged / account.estimate)
+            self._histograms["estimate_ratio"].observe(account.charged / account.estimate)
 
     def settlement_lost(self) -> None:
         """Count a settlement that could not be carried out."""
-        self._lost.inc()
+        self._count["settlements_lost"](1)
 
     def upstream_answered(self, account: Account) -> None:
         """Count the head of the provider's answer."""
-        self._upstream.labels(str(account.upstream_status)).inc()
-        self._upstream_s.observe(account.upstream_s or 0.0)
+        self._labelled("upstream_answers", str(account.upstream_status)).add()
+        self._histograms["upstream_seconds"].observe(account.upstream_s or 0.0)
 
     def upstream_failed(self) -> None:
         """Count a failure of the provider."""
-        self._upstream_failures.inc()
+        self._count["upstream_failures"](1)
 
     def ended(self, account: Account) -> None:
         """Count a call that is over."""
-        self._in_flight.dec()
+        self._count["calls_in_flight"](-1)
         if (bucket := account.refused_by) is not None:
-            self._refusals.labels(bucket.scope.kind, bucket.meter.value).inc()
+            self._labelled("refusals", bucket.scope.kind, bucket.meter.value).add()
 
     def exposition(self, accept: str | None) -> tuple[str, bytes]:
         """Return the content type and the text of all metrics, in the format that is asked for."""
@@ -125,23 +136,90 @@ class Metrics:
         return content_type, encode(self._registry)
 
 
-class BackendCollector(Collector):
-    """Shows a backend's own counters."""
+class _Histogram:
+    """Counts how often a value was within each of some bounds, and adds the values up in millionths."""
+
+    def __init__(self, table: BucketTable, name: str, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._tallies = [_tally(table, name, bound) for bound in _bounds_of(bounds)]
+        self._sum = _tally(table, name, "sum")
+
+    def observe(self, value: float) -> None:
+        """Count a value."""
+        self._tallies[bisect_left(self._bounds, value)].add()
+        self._sum.add(round(value * _MILLION))
+
+
+def _bounds_of(bounds: tuple[float, ...]) -> list[str]:
+    return [str(floatToGoString(bound)) for bound in (*bounds, float("inf"))]  # type: ignore[no-untyped-call]
+
+
+def _tally(table: BucketTable, name: str, *labels: str) -> Tally:
+    return table.tally(_SEPARATOR.join((name, *labels)).encode())
+
+
+class NodeCollector(Collector):
+    """Shows what all processes of the node counted.
+
+    Args:
+        backend: Where the buckets live.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
     def collect(self) -> Iterable[Metric]:
-        """Yield them as they are now."""
+        """Yield it as it is now."""
+        table = self._backend.table
         stats = self._backend.stats()
+        told = {tuple(name.decode().split(_SEPARATOR)): number for name, number in counted(table).items()}
+        for name, what in _COUNTERS.items():
+            yield CounterMetricFamily(f"tokenguard_{name}", what, told[name,])
+        for name, what in _GAUGES.items():
+            yield GaugeMetricFamily(f"tokenguard_{name}", what, told[name,])
+        for name, (labels, what) in _LABELLED.items():
+            family = CounterMetricFamily(f"tokenguard_{name}", what, labels=labels)
+            for (of, *values), number in told.items():
+                if of == name:
+                    family.add_metric(values, number)
+            yield family
+        for name, (bounds, what) in _HISTOGRAMS.items():
+            shown = _bounds_of(bounds)
+            counts = accumulate(told[name, bound] for bound in shown)
+            yield HistogramMetricFamily(
+                f"tokenguard_{name}",
+                what,
+                buckets=list(zip(shown, counts, strict=True)),
+                sum_value=told[name, "sum"] / _MILLION,
+            )
         for kind, metrics in _BACKEND_METRICS.items():
-            for name, shown, what in metrics:
+            for name, shown_as, what in metrics:
                 if name in stats:
-                    yield kind(f"tokenguard_{shown}", what, stats[name])
+                    yield kind(f"tokenguard_{shown_as}", what, stats[name])
+        workers = living(table)
+        yield GaugeMetricFamily("tokenguard_workers", "Processes that share the buckets.", len(workers) or 1)
         info = GaugeMetricFamily("tokenguard_info", "What runs.", labels=("version",))
         info.add_metric((__version__,), 1)
         yield info
+        yield from _processes(list(workers.values()) or [os.getpid()])
 
+
+def _processes(pids: list[int]) -> Iterator[Metric]:
+    """Yield what the processes of the node take in all, when the first began, and what is each one's most."""
+    found: dict[str, Metric] = {}
+    for pid in pids:
+        for metric in ProcessCollector(pid=lambda pid=pid: pid, registry=None).collect():  # type: ignore[misc]
+            if metric.name not in found:
+                found[metric.name] = metric
+                continue
+            sample = found[metric.name].samples[0]
+            pair = (sample.value, metric.samples[0].value)
+            together = min(pair) if metric.name in _LEAST else sum(pair)
+            found[metric.name].samples[0] = sample._replace(value=together)
+    yield from found.values()
+
+
+_LEAST = ("process_start_time_seconds", "process_max_fds")
 
 _BACKEND_METRICS: dict[Callable[[str, str, int], Metric], tuple[tuple[str, str, str], ...]] = {
     GaugeMetricFamily: (
@@ -154,6 +232,7 @@ _BACKEND_METRICS: dict[Callable[[str, str, int], Metric], tuple[tuple[str, str, 
         ("reclaimed", "buckets_reclaimed", "Full buckets that made room for others."),
         ("refused_full", "buckets_refused", "Calls refused because no bucket was free."),
         ("clock_steps", "clock_steps", "Times that the clock went back by more than a second."),
+        ("repaired", "table_repairs", "Times that a process died while it changed buckets, and was undone."),
         (
             "forgiven",
             "tokens_forgiven",
@@ -168,11 +247,3 @@ _BACKEND_METRICS: dict[Callable[[str, str, int], Metric], tuple[tuple[str, str, 
     ),
 }
 """For each counter of a backend, as what it is shown; no backend has all."""
-
-
-def _counter(registry: CollectorRegistry, name: str, what: str) -> Counter:
-    return Counter(f"tokenguard_{name}", what, registry=registry)
-
-
-def _gauge(registry: CollectorRegistry, name: str, what: str) -> Gauge:
-    return Gauge(f"tokenguard_{name}", what, registry=registry)

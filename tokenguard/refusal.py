@@ -15,6 +15,7 @@ from tokenguard.errors import (
     BudgetNotFound,
     InvalidValue,
     StaleHandle,
+    StateUnwritable,
     TableBusy,
     TableFull,
     TokenGuardError,
@@ -96,6 +97,9 @@ def error_answer(error: TokenGuardError) -> Answer:
             return problem(502, str(error), "upstream_error", "upstream_unreachable")
         case BackendDown():  # its whole text names our own hosts
             return problem(503, error.told, "service_unavailable_error", "backend_unavailable", retry_after_s=1)
+        case StateUnwritable():
+            message = f"{error}. Nothing was changed."
+            return problem(503, message, "service_unavailable_error", "state_unwritable", retry_after_s=1)
         case TableFull() | TableBusy() | StaleHandle():
             return problem(
                 503,

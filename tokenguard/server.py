@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,19 +28,21 @@ _log = logging.getLogger("tokenguard")
 def run(
     app: Any,  # noqa: ANN401 - any ASGI app
     listening: socket.socket,
-    guards: str,
+    ready: Callable[[], None],
     *,
     caller_timeout_s: float,
     patience_s: int,
+    lifeline: int | None = None,
 ) -> None:
     """Serve until a signal comes, and stop in peace.
 
     Args:
         app: The ASGI app.
         listening: What ``listen`` returned.
-        guards: What the start-up line tells beside the address.
+        ready: Is called once it serves.
         caller_timeout_s: How long a caller may take for the head of a request.
         patience_s: How long running calls may take to end.
+        lifeline: A file descriptor; once it can be read from, the server stops.
     """
     # The app cuts a connection by not completing the answer, and says why itself.
     logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in record.msg)
@@ -58,7 +60,7 @@ def run(
         timeout_keep_alive=KEEPALIVE_S,
         timeout_graceful_shutdown=patience_s,
     )
-    Server(settings, guards, patience_s).run([listening])
+    Server(settings, ready, patience_s, lifeline).run([listening])
 
 
 def listen(host: str, port: int, caller_timeout_s: float) -> socket.socket:
@@ -85,13 +87,23 @@ def listen(host: str, port: int, caller_timeout_s: float) -> socket.socket:
     return listening
 
 
-class Server(uvicorn.Server):
-    """uvicorn, which says in one line where it listens and what it guards."""
+def tell(listening: socket.socket, guards: str) -> None:
+    """Say in one line where the server listens and what it guards."""
+    address = listening.getsockname()
+    host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    print(f"tokenguard {__version__} on http://{host}:{address[1]} | {guards}", flush=True)
 
-    def __init__(self, config: uvicorn.Config, guards: str, patience_s: int) -> None:
+
+class Server(uvicorn.Server):
+    """uvicorn, which says when it serves, and stops when its supervisor is gone."""
+
+    def __init__(
+        self, config: uvicorn.Config, ready: Callable[[], None], patience_s: int, lifeline: int | None
+    ) -> None:
         super().__init__(config)
-        self._guards = guards
+        self._ready = ready
         self._patience_s = patience_s
+        self._lifeline = lifeline
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -104,9 +116,14 @@ class Server(uvicorn.Server):
         """Begin to listen, then say so."""
         await super().startup(sockets)
         if self.started:
-            listening = self.servers[0].sockets[0].getsockname()
-            host = f"[{listening[0]}]" if ":" in listening[0] else listening[0]
-            print(f"tokenguard {__version__} on http://{host}:{listening[1]} | {self._guards}", flush=True)
+            if self._lifeline is not None:
+                asyncio.get_running_loop().add_reader(self._lifeline, self._orphaned)
+            self._ready()
+
+    def _orphaned(self) -> None:
+        """Stop, for the supervisor is gone."""
+        asyncio.get_running_loop().remove_reader(self._lifeline or 0)
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let running calls end, and say that this is what the wait is for."""

@@ -10,7 +10,6 @@ import falcon
 from dotenv import dotenv_values
 
 from tokenguard import logs
-from tokenguard._bucket import BucketTable
 from tokenguard.api.admin import AdminRule
 from tokenguard.api.budgets import BudgetList, OneBudget
 from tokenguard.api.call import Guard
@@ -20,7 +19,9 @@ from tokenguard.api.openapi import Description
 from tokenguard.api.wire import Resource, Tracing, add_error_handlers
 from tokenguard.backends import Backend
 from tokenguard.backends.memory import MemoryBackend
+from tokenguard.backends.node import Node, open_node
 from tokenguard.backends.outage import Closed, Open, Policy, Share
+from tokenguard.backends.workers import join
 from tokenguard.budgets import Budgets
 from tokenguard.config import Config, read_config
 from tokenguard.errors import InvalidSetting
@@ -46,11 +47,20 @@ def environment() -> Mapping[str, str]:
     return {**{name: value for name, value in written.items() if value is not None}, **os.environ}
 
 
-def buckets(config: Config) -> Backend:
-    """Return the backend that the configuration names."""
-    table = BucketTable(config.buckets)
+def node_of(config: Config) -> Node:
+    """Open what the processes of this node share, as the configuration says.
+
+    Raises:
+        InvalidSetting: It cannot be had.
+    """
+    return open_node(config.buckets, config.table, config.state)
+
+
+def buckets(config: Config, node: Node) -> Backend:
+    """Return the backend that the configuration names, for this process and those forked off it."""
+    table = node.table
     if config.redis is None:
-        return MemoryBackend(table)
+        return MemoryBackend(*node)
     from tokenguard.backends.redis import RedisBackend  # whoever has none need not load it
 
     policy: Policy = Closed()
@@ -102,7 +112,8 @@ class House:
     def __init__(self, config: Config | None, backend: Backend | None) -> None:
         self.config = config = config or read_config(environment())
         logs.set_up(as_json=config.log_json)
-        self.backend = backend = backend or buckets(config)
+        self.backend = backend = backend or buckets(config, node_of(config))
+        join(backend.table)
         self._plans = Plans(backend, config.defaults)
         self._metrics = Metrics(backend)
         self.terms = Terms(_credentials(config), Estimator(), config.ask_for_usage)

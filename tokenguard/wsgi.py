@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import Any
 
 import falcon
@@ -29,6 +30,8 @@ def create_app(
     """
     house = House(config, backend)
     upstream = upstream or SyncHttpxUpstream(provider(house.config))
+    house.backend.open()
+    atexit.register(house.backend.close)
     app: falcon.App[Any, Any] = falcon.App()
     house.furnish(app, over_wsgi, WsgiChatCompletions(house.guard, upstream), WsgiModels(upstream, house.terms))
     return GuardedWsgi(app)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tests.house import grant, named
 from tests.strategies import properties
 from tokenguard._bucket import BucketTable
+from tokenguard.backends.mirror import Mirror
 from tokenguard.backends.outage import Closed, Open, OwnHandle, Share
-from tokenguard.backends.realm import Mirror, Realm
+from tokenguard.backends.realm import Realm
 from tokenguard.errors import BackendDown
 from tokenguard.model import NEVER_US, Budget
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tests.house import grant, named
 from tests.strategies import properties
 from tokenguard.backends.batch import read_scale, scale_text
-from tokenguard.backends.realm import UNKNOWN, Realm, read_changes, told
+from tokenguard.backends.realm import UNKNOWN, Realm, read_changes, revision, told
 from tokenguard.model import BucketName, Meter, Scope
 
 names = st.builds(
@@ -30,7 +30,7 @@ def test_changes_one_by_one_come_to_what_they_say(some):
     last = {name: scale for name, scale in dict(some).items() if scale is not None}
     assert {budget.name: budget.scale for budget in mirror.all} == last
     assert [budget.name.key for budget in mirror.all] == sorted(name.key for name in last)
-    assert mirror.revision == len(some) - 1
+    assert revision(mirror) == len(some) - 1
 
 
 @properties

@@ -17,6 +17,7 @@ from tokenguard.errors import (
     InvalidSetting,
     InvalidValue,
     StaleHandle,
+    StateUnwritable,
     TableBusy,
     TableFull,
     UpstreamError,
@@ -371,6 +372,7 @@ def test_duration_reads_back_rounded_up_to_the_millisecond(us):
         (TableFull("full"), 503, "service_unavailable_error", "no_bucket", None),
         (TableBusy("busy"), 503, "service_unavailable_error", "no_bucket", None),
         (StaleHandle("stale"), 503, "service_unavailable_error", "no_bucket", None),
+        (StateUnwritable("full"), 503, "service_unavailable_error", "state_unwritable", None),
         (AlreadySettled("twice"), 500, "server_error", None, None),
     ],
 )

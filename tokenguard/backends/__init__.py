@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-from tokenguard._bucket import Outcome
+from tokenguard._bucket import BucketTable, Outcome
 from tokenguard.model import BucketName, Budget, Scope
 
 Handle = Any
@@ -21,6 +21,10 @@ class Backend(Protocol):
 
     waits: bool
     """Whether it waits for somebody else: then an event loop must use what ends in ``_soon``."""
+    changes_wait: bool
+    """Whether budgets are changed only once somebody else, or a disk, has heard of it."""
+    table: BucketTable
+    """The node's own table, in which all its processes count."""
 
     @property
     def epoch(self) -> object:
@@ -34,6 +38,12 @@ class Backend(Protocol):
 
     def stats(self) -> Mapping[str, int]:
         """Return its counters."""
+
+    def open(self) -> None:
+        """Be ready, in a process without an event loop."""
+
+    def close(self) -> None:
+        """Let what is under way end, likewise, and leave nothing open."""
 
     async def start(self) -> None:
         """Be ready; what cannot be had yet does not keep it from starting."""

@@ -109,14 +109,24 @@ class Lane:
         policy: What decides while Redis is down.
         watch: Is told when Redis is lost, and when it is back.
         timeout_s: How long a call may wait for Redis in all.
+        told: Is called once in ``HEARTBEAT_S``.
 
     Attributes:
         trouble: Why the lane is down; None if it is up.
         stats: Counters.
     """
 
-    def __init__(self, link: Link, realm: Realm, policy: Policy, watch: Watch, timeout_s: float) -> None:
+    def __init__(
+        self,
+        link: Link,
+        realm: Realm,
+        policy: Policy,
+        watch: Watch,
+        timeout_s: float,
+        told: Callable[[Lane], None] = lambda lane: None,  # noqa: ARG005 - for whom nobody asked
+    ) -> None:
         self._link = link
+        self._told = told
         self._link.closed = self._closed
         self._realm = realm
         self._policy = policy
@@ -366,6 +376,7 @@ class Lane:
         must not call well what is not.
         """
         self._heart = self._loop.call_later(HEARTBEAT_S, self._beat)
+        self._told(self)
         if not self._busy and not self._used:
             self._busy = True
             self._task = self._loop.create_task(self._refresh_for([]))

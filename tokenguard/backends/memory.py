@@ -1,57 +1,90 @@
-"""Buckets in this process's table, budgets in a dict beside it."""
+"""Buckets and budgets in the node's table, which all its processes may share."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from tokenguard._bucket import BucketTable, Handle, Outcome
-from tokenguard.errors import BudgetNotFound
-from tokenguard.model import BucketName, Budget, Scope
+from tokenguard.backends.keeper import Keeper
+from tokenguard.backends.mirror import Mirror, read_records, record_of
+from tokenguard.backends.state import StateFile
+from tokenguard.backends.workers import changing, leave
+from tokenguard.errors import BudgetNotFound, StateUnwritable, TableFull
+from tokenguard.model import BucketName, Budget, Scale, Scope
 
 
 class MemoryBackend:
     """The embedded engine.
 
+    The explicit budgets are in the table's log of changes; each process reads on where it stopped, when the epoch
+    has moved. A change is on the disk before it is in the log, and in the log before anybody is told.
+
     Args:
         table: The table to use.
+        file: Where the state is kept; None to keep none.
+        shared: Where others find the table; None if only processes forked off this one share it.
     """
 
     waits = False
 
-    def __init__(self, table: BucketTable) -> None:
-        self._table = table
-        self._budgets: dict[Scope, tuple[Budget, ...]] = {}
+    def __init__(self, table: BucketTable, file: StateFile | None = None, shared: Path | None = None) -> None:
+        self.table = table
+        self._file = file
+        self._shared = shared
         self._lock = threading.Lock()
+        self._mirror = Mirror(None, {})
+        self._read_to = 0
+        self._keeper = Keeper(table, self._budgets, file)
+        self.changes_wait = self._keeper.keeps
         self.reserve = table.reserve  # PERF: no frame in between; row "Limiter" of test_bench_bucket
         self.settle = table.settle
         self.peek = table.peek
+        _backends.add(self)
 
     @property
     def epoch(self) -> int:
         """The table's epoch."""
-        return self._table.epoch
+        return self.table.epoch
 
     def describe(self) -> str:
         """Return what this backend is."""
-        stats = self._table.stats()
-        return f"memory ({stats['buckets']} buckets, {stats['region_bytes'] // 2**20} MiB)"
+        stats = self.table.stats()
+        kept = f", state in {self._file.path}" if self._file else ""
+        shared = f", shared in {self._shared}" if self._shared else ""
+        return f"memory ({stats['buckets']} buckets, {stats['region_bytes'] // 2**20} MiB{shared}{kept})"
 
     def stats(self) -> dict[str, int]:
         """Return the table's counters."""
-        return self._table.stats()
+        return self.table.stats()
 
     def trouble(self) -> str | None:
-        """Return nothing: what is in this process is there."""
-        return None
+        """Return what is wrong with the state on the disk, or with siblings."""
+        return self._keeper.trouble
+
+    def open(self) -> None:
+        """Begin to save, and to look for siblings."""
+        self._keeper.start()
+
+    def close(self) -> None:
+        """Save a last time."""
+        self._keeper.stop()
+        leave(self.table)
+        if self._file is not None:
+            self._file.close()
 
     async def start(self) -> None:
-        """Be ready at once."""
+        """Do what ``open`` does."""
+        self.open()
 
     async def stop(self) -> None:
-        """Leave nothing open."""
+        """Do what ``close`` does."""
+        await asyncio.to_thread(self.close)
 
     def refresh(self) -> None:
         """Know the budgets already."""
@@ -70,51 +103,98 @@ class MemoryBackend:
 
     def on(self, scope: Scope) -> Collection[Budget]:
         """Return the explicit budgets of a scope."""
-        return self._budgets.get(scope, ())
+        return self._budgets().budgets.get(scope, ())
 
     def budgets(self) -> list[Budget]:
         """Return all explicit budgets, in the order of their names."""
-        budgets = [budget for on_scope in list(self._budgets.values()) for budget in on_scope]
-        return sorted(budgets, key=lambda budget: budget.name.key)
+        return self._budgets().all
 
     def prepare(self, budgets: Sequence[Budget], epoch: int | None = None) -> Handle:
         """Make a plan ready."""
-        return self._table.prepare(((budget.name.key, budget.scale) for budget in budgets), epoch)
+        return self.table.prepare(((budget.name.key, budget.scale) for budget in budgets), epoch)
 
     def put(self, budget: Budget, level: int | None = None, now_us: int | None = None) -> None:
-        """Set an explicit budget."""
-        with self._changing(budget.name.scope) as before:
-            others = [other for other in before if other.name != budget.name]
-            self._budgets[budget.name.scope] = (*others, budget)
-            self._table.configure(budget.name.key, budget.scale, level, now_us)
+        """Set an explicit budget.
+
+        Raises:
+            StateUnwritable: It could not be put on the disk; nothing was changed.
+            TableFull: There is no room for it, or for its level; nothing was changed.
+            TableBusy: Others have been changing budgets for over ten seconds; nothing was changed.
+        """
+        name, scale = budget
+        with changing(self.table):
+            self._change(name, scale, lambda record: self.table.configure(name.key, scale, level, now_us, record))
+            if level is not None:
+                with suppress(
+                    StateUnwritable
+                ):  # the budget is there; its level is, within a second, or it is said
+                    self._keeper.save(self._budgets())
 
     def drop(self, name: BucketName, default: Budget | None, now_us: int | None = None) -> None:
-        """Remove an explicit budget."""
-        with self._changing(name.scope) as before:
-            left = tuple(other for other in before if other.name != name)
-            if len(left) == len(before):
-                raise BudgetNotFound(f"there is no budget for {name}")
-            self._budgets[name.scope] = left
-            if default is None:
-                self._table.remove(name.key)
-            else:
-                self._table.configure(name.key, default.scale, None, now_us)
+        """Remove an explicit budget.
 
-    @contextmanager
-    def _changing(self, scope: Scope) -> Iterator[tuple[Budget, ...]]:
-        """Change a scope's budgets, or leave them as they were if the table refuses.
-
-        The budgets are changed first and the epoch, inside the table, after: whoever reads the new epoch finds
-        the new budget, and whoever found the old budget holds a handle of the old epoch.
+        Raises:
+            BudgetNotFound: There is none.
+            StateUnwritable: That could not be put on the disk; nothing was changed.
+            TableBusy: Others have been changing budgets for over ten seconds; nothing was changed.
         """
+        with changing(self.table):
+            if not self._budgets().has(name):
+                raise BudgetNotFound(f"there is no budget for {name}")
+            if default is None:
+                self._change(name, None, lambda record: self.table.remove(name.key, record))
+            else:
+                scale = default.scale
+                self._change(
+                    name, None, lambda record: self.table.configure(name.key, scale, None, now_us, record)
+                )
+
+    def restore(self, records: bytes) -> None:
+        """Begin with the budgets of a state.
+
+        Raises:
+            TableFull: There is no room for them.
+            ValueError: They are no budgets.
+        """
+        list(read_records(records))
+        with changing(self.table):
+            self.table.rewrite(records)
+
+    def _change(self, name: BucketName, scale: Scale | None, apply: Callable[[bytes], None]) -> None:
+        """Put a change on the disk, then into the table; nobody else changes anything meanwhile."""
+        before = self._budgets()
+        record = record_of(name, scale)
+        if len(record) > self.table.log_room:
+            self.table.rewrite(before.records)
+            if len(record) > self.table.log_room:
+                raise TableFull(f"the table has no room for more than the {len(before.all)} budgets that are set")
+        self._keeper.save(before.changed(None, [(name, scale)]))
+        try:
+            apply(record)
+        except BaseException:
+            with suppress(StateUnwritable):
+                self._keeper.save(before)
+            raise
+
+    def _budgets(self) -> Mirror:
+        """Return the explicit budgets as they are now."""
+        if self._mirror.epoch == self.table.epoch:
+            return self._mirror
         with self._lock:
-            before = self._budgets.get(scope, ())
-            try:
-                yield before
-            except BaseException:
-                self._budgets[scope] = before
-                self._table.expire_handles()  # for a plan that saw what is taken back here
-                raise
-            finally:
-                if not self._budgets.get(scope):
-                    self._budgets.pop(scope, None)
+            epoch = self.table.epoch  # before the budgets: if one changes now, they are read again
+            self._read_to, whole, records = self.table.changes(self._read_to)
+            known = Mirror(None, {}) if whole else self._mirror
+            self._mirror = known.changed(epoch, read_records(records))
+            return self._mirror
+
+
+_backends: weakref.WeakSet[MemoryBackend] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for backend in list(_backends):
+        backend._lock = threading.Lock()  # noqa: SLF001 - of this module
+        backend._keeper.forked()  # noqa: SLF001 - of this module
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -127,7 +127,7 @@ class Share:
     """
 
     def __init__(self, table: BucketTable, nodes: int) -> None:
-        self.means = f"this process goes by one part in {nodes} of every budget"
+        self.means = f"this node goes by one part in {nodes} of every budget"
         self._table = table
         self._nodes = nodes
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from tokenguard._bucket import BucketTable, Handle
 from tokenguard.backends.batch import RedisHandle, Ref, read_scale, scale_text
+from tokenguard.backends.mirror import Change, Mirror
 from tokenguard.backends.scripts import BUDGETS, PUBLISH, Script
 from tokenguard.model import BucketName, Budget, Scale, Scope
 
@@ -20,42 +19,15 @@ NO_EPOCH = ""
 """What a node goes by that has not seen any budgets yet."""
 
 
-@dataclass(frozen=True)
-class Mirror:
-    """The explicit budgets as a node knows them.
-
-    Attributes:
-        epoch: ``revision:digits``: a number that grows, and random digits that tell two histories apart.
-        budgets: By scope.
-    """
-
-    epoch: str
-    budgets: Mapping[Scope, tuple[Budget, ...]]
-
-    @property
-    def revision(self) -> int:
-        """How many changes led here; -1 if nothing is known."""
-        return int(self.epoch.partition(":")[0]) if self.epoch else -1
-
-    @cached_property
-    def all(self) -> list[Budget]:
-        """All budgets, in the order of their keys."""
-        budgets = [budget for on_scope in self.budgets.values() for budget in on_scope]
-        return sorted(budgets, key=lambda budget: budget.name.key)
-
-    def changed(self, epoch: str, changes: Iterable[tuple[BucketName, Scale | None]]) -> Mirror:
-        """Return what this comes to after some changes; None removes a budget."""
-        budgets = dict(self.budgets)
-        for name, scale in changes:
-            kept = tuple(budget for budget in budgets.pop(name.scope, ()) if budget.name != name)
-            if scale is not None:
-                kept = (*kept, Budget(name, scale))
-            if kept:
-                budgets[name.scope] = kept
-        return Mirror(epoch, budgets)
-
-
 UNKNOWN = Mirror(NO_EPOCH, {})
+
+
+def revision(mirror: Mirror) -> int:
+    """Return how many changes led to a mirror; -1 if nothing is known.
+
+    Its epoch is ``revision:digits``: a number that grows, and random digits that tell two histories apart.
+    """
+    return int(mirror.epoch.partition(":")[0]) if mirror.epoch else -1
 
 
 class Realm:
@@ -105,7 +77,7 @@ class Realm:
             if epoch and epoch == mine.epoch:
                 return
             theirs = (UNKNOWN if whole else mine).changed(epoch, read_changes(fields))
-            if epoch and theirs.revision >= mine.revision:
+            if epoch and revision(theirs) >= revision(mine):
                 self.mirror = theirs
                 return
             if mine.budgets:
@@ -130,7 +102,7 @@ def embedded(table: BucketTable, budgets: Iterable[Budget], scales: Iterable[Sca
     return table.prepare((budget.name.key, scale) for budget, scale in zip(budgets, scales, strict=True))
 
 
-def read_changes(fields: Sequence[bytes]) -> Iterator[tuple[BucketName, Scale | None]]:
+def read_changes(fields: Sequence[bytes]) -> Iterator[Change]:
     """Yield what Redis told: name, scale, name, scale, and so on; a scale that is empty is none."""
     for name, scale in zip(fields[::2], fields[1::2], strict=True):
         yield BucketName.from_key(name), read_scale(scale.decode()) if scale else None

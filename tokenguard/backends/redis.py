@@ -18,10 +18,15 @@ from tokenguard.backends.outage import OwnHandle, Policy, Watch
 from tokenguard.backends.realm import Realm
 from tokenguard.backends.redis_url import RedisUrl
 from tokenguard.backends.scripts import CONFIGURE
+from tokenguard.backends.workers import counted
 from tokenguard.errors import BackendDown, BudgetNotFound
 from tokenguard.model import BucketName, Budget
 
 T = TypeVar("T")
+
+_COUNTED = (*STATS, "dropped", "outages")
+_STATES = ("owed_buckets", "lanes_down")
+"""What a lane counts, and how things are with it."""
 
 
 class LoopThread:
@@ -72,14 +77,16 @@ class RedisBackend:
     """
 
     waits = True
+    changes_wait = True
 
     def __init__(self, url: RedisUrl, realm: str, policy: Policy, table: BucketTable, timeout_s: float) -> None:
         self._url = url
         self._realm = Realm(realm)
         self._policy = policy
         self._watch = Watch(policy.means)
-        self._table = table
+        self.table = table
         self._timeout_s = timeout_s
+        self._tallies = {name: table.tally(b"redis_" + name.encode()) for name in (*_COUNTED, *_STATES)}
         self.on = self._realm.on
         self._forget_lanes()
         _backends.add(self)
@@ -88,6 +95,8 @@ class RedisBackend:
         """Begin without lanes, as a process must that was forked off: its threads and loops are not here."""
         self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
         self._thread = LoopThread()
+        self._counting = threading.Lock()
+        self._counted: dict[Lane | None, dict[str, int]] = {}
 
     def _lane(self) -> Lane:
         """Return the lane of the running event loop."""
@@ -97,7 +106,9 @@ class RedisBackend:
             for ended in [known for known in self._lanes if known.is_closed()]:
                 del self._lanes[ended]
             link = RedisLink(self._url, self._realm.epoch_key, self._timeout_s)
-            lane = self._lanes[loop] = Lane(link, self._realm, self._policy, self._watch, self._timeout_s)
+            lane = self._lanes[loop] = Lane(
+                link, self._realm, self._policy, self._watch, self._timeout_s, self._count
+            )
         return lane
 
     # --- what it is and how it is -----------------------------------------------------------------------------
@@ -105,7 +116,8 @@ class RedisBackend:
     @property
     def epoch(self) -> str:
         """The epoch of the budgets as they are known."""
-        return self._realm.mirror.epoch
+        epoch: str = self._realm.mirror.epoch
+        return epoch
 
     def describe(self) -> str:
         """Return what this backend is."""
@@ -117,15 +129,28 @@ class RedisBackend:
         return None if found is None else f"Redis is unavailable: {found}; until it is back, {self._policy.means}"
 
     def stats(self) -> dict[str, int]:
-        """Return counters, summed over the lanes."""
-        lanes = list(self._lanes.values())
-        totals = dict.fromkeys((*STATS, "owed", "dropped"), 0)
-        totals["outages"] = self._watch.outages
-        totals["up"] = int(all(lane.trouble is None for lane in lanes))
-        for lane in lanes:
-            for name, number in {**lane.stats, "owed": lane.owed, "dropped": lane.dropped}.items():
-                totals[name] += number
-        return totals
+        """Return the counters of the node: what other processes counted is up to a second old."""
+        for lane in list(self._lanes.values()):
+            self._count(lane)
+        node = counted(self.table)
+        totals = {name: node[b"redis_" + name.encode()] for name in self._tallies}
+        return {**totals, "owed": totals["owed_buckets"], "up": int(totals["lanes_down"] == 0)}
+
+    def _count(self, lane: Lane) -> None:
+        """Count for the node what a lane has counted since it was counted last, and how things are with it."""
+        states = (lane.owed, int(lane.trouble is not None))
+        self._add(lane, {**lane.stats, "dropped": lane.dropped, **dict(zip(_STATES, states, strict=True))})
+        self._add(None, {"outages": self._watch.outages})
+
+    def _add(self, whose: Lane | None, now: dict[str, int]) -> None:
+        with self._counting:
+            before = self._counted.get(whose, {})
+            for name, number in now.items():
+                self._tallies[name].add(number - before.get(name, 0))
+            self._counted[whose] = now
+
+    def open(self) -> None:
+        """Be ready: a thread connects when it first asks."""
 
     async def start(self) -> None:
         """Connect, and know the budgets; a Redis that is down does not keep a node from starting."""
@@ -146,12 +171,15 @@ class RedisBackend:
         lane = self._lanes.pop(asyncio.get_running_loop(), None)
         if lane is not None:
             await lane.close()
+            self._count(lane)
+            self._add(lane, {**self._counted[lane], **dict.fromkeys(_STATES, 0)})
+            del self._counted[lane]
 
     # --- calls ------------------------------------------------------------------------------------------------
 
     def prepare(self, budgets: Sequence[Budget], epoch: str | None = None) -> RedisHandle:
         """Make a plan ready."""
-        return self._realm.prepare(self._table, budgets, epoch)
+        return self._realm.prepare(self.table, budgets, epoch)
 
     async def reserve_soon(
         self, handle: RedisHandle, costs: tuple[int, ...], now_us: int | None = None

@@ -1,0 +1,162 @@
+"""The processes that share a table: each counts in a row of its own, and some that should share it may not.
+
+A row is its process's for as long as that lives. What a dead one counted stays: the next to take its row goes on
+from there, but begins what is a state rather than a count, such as calls in flight, at 0.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tokenguard._bucket import BucketTable
+
+STATES = (b"calls_in_flight", b"reservations_open", b"redis_lanes_down", b"redis_owed_buckets")
+"""The tallies that tell how things are with a process now, and end with it."""
+
+_PROC = Path("/proc")
+_LISTENS = "0A"
+
+_joined: weakref.WeakSet[BucketTable] = weakref.WeakSet()
+
+
+@contextmanager
+def changing(table: BucketTable) -> Iterator[None]:
+    """Be the only one, of all threads and processes, who changes budgets or the state on disk.
+
+    Raises:
+        TableBusy: Somebody else was for over ten seconds.
+    """
+    table.lock_changes()
+    try:
+        yield
+    finally:
+        table.unlock_changes()
+
+
+def join(table: BucketTable) -> None:
+    """Count in a row of this process's own from now on, and have processes forked off it do likewise.
+
+    If all are taken, it counts in the first, whose process may then be shown to be busier than it is.
+    """
+    with changing(table):
+        rows = table.rows()
+        if any(_lives(pid, began) and pid == os.getpid() for pid, began in rows):
+            return
+        free = (row for row, (pid, began) in enumerate(rows) if not _lives(pid, began))
+        if (row := next(free, None)) is not None:
+            table.hold_row(row, os.getpid(), _began(os.getpid()) or 0, STATES)
+    _joined.add(table)
+
+
+def leave(table: BucketTable) -> None:
+    """Give this process's row up."""
+    with changing(table):
+        for row, (pid, _) in enumerate(table.rows()):
+            if pid == os.getpid():
+                table.hold_row(row, 0, 0)
+
+
+def living(table: BucketTable) -> dict[int, int]:
+    """Return the rows whose processes live, and their process ids."""
+    return {row: pid for row, (pid, began) in enumerate(table.rows()) if _lives(pid, began)}
+
+
+def counted(table: BucketTable) -> dict[bytes, int]:
+    """Return what all processes counted, and how things are with those that live."""
+    alive = {0, *living(table)}  # whoever did not join counts in row 0
+    return {
+        name: sum(number for row, number in enumerate(rows) if row in alive or name not in STATES)
+        for name, rows in table.tallies().items()
+    }
+
+
+def unshared(table: BucketTable) -> list[int]:
+    """Return the processes that serve the same socket as this one, but do not share its table.
+
+    They are found among the children of the same parent, by the sockets that both listen to; where there is no
+    ``/proc``, nobody is found.
+    """
+    with suppress(OSError):
+        mine = _listening(os.getpid())
+        sharing = {pid for pid, _ in table.rows()}
+        siblings = (pid for pid in _children_of(os.getppid()) if pid != os.getpid() and pid not in sharing)
+        return [pid for pid in siblings if _guards(pid) and mine & _listening(pid)]
+    return []
+
+
+def _guards(pid: int) -> bool:
+    """Return whether a process has loaded TokenGuard."""
+    with suppress(OSError):
+        return "tokenguard/_bucket." in (_PROC / str(pid) / "maps").read_text()
+    return False
+
+
+def _lives(pid: int, began: int) -> bool:
+    return pid != 0 and _began(pid) == began
+
+
+def _began(pid: int) -> int | None:
+    """Return when a process began, in the kernel's ticks; 0 where that cannot be told; None if it is no more."""
+    try:
+        fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None if (_PROC / "self").exists() or not _answers(pid) else 0
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _answers(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _children_of(parent: int) -> Iterator[int]:
+    for folder in _PROC.iterdir():
+        if folder.name.isdigit():
+            with suppress(OSError):  # it may have ended meanwhile
+                if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                    yield int(folder.name)
+
+
+def _listening(pid: int) -> set[str]:
+    """Return the sockets that a process listens to, by inode."""
+    found = set()
+    for link in (_PROC / str(pid) / "fd").iterdir():
+        with suppress(OSError):
+            target = str(link.readlink())
+            if target.startswith("socket:["):
+                found.add(target[8:-1])
+    return found & set(_listeners(("tcp", "tcp6"))) | found & set(_unix_listeners())
+
+
+def _listeners(kinds: Iterable[str]) -> Iterator[str]:
+    for kind in kinds:
+        with suppress(OSError):
+            for line in (_PROC / "net" / kind).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == _LISTENS:
+                    yield fields[9]
+
+
+def _unix_listeners() -> Iterator[str]:
+    with suppress(OSError):
+        for line in (_PROC / "net" / "unix").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "00010000":  # it accepts connections
+                yield fields[6]
+
+
+def _after_fork() -> None:
+    for table in list(_joined):
+        join(table)
+
+
+os.register_at_fork(after_in_child=_after_fork)
