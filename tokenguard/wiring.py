@@ -56,8 +56,17 @@ def node_of(config: Config) -> Node:
     return open_node(config.buckets, config.table, config.state)
 
 
-def buckets(config: Config, node: Node) -> Backend:
-    """Return the backend that the configuration names, for this process and those forked off it."""
+def buckets(config: Config, node: Node | None = None) -> Backend:
+    """Return the backend that the configuration names.
+
+    Args:
+        config: The configuration.
+        node: What the processes of this node share; opened here by default.
+
+    Raises:
+        InvalidSetting: It cannot be opened.
+    """
+    node = node or node_of(config)
     table = node.table
     if config.redis is None:
         return MemoryBackend(*node)
@@ -112,7 +121,7 @@ class House:
     def __init__(self, config: Config | None, backend: Backend | None) -> None:
         self.config = config = config or read_config(environment())
         logs.set_up(as_json=config.log_json)
-        self.backend = backend = backend or buckets(config, node_of(config))
+        self.backend = backend = backend or buckets(config)
         join(backend.table)
         self._plans = Plans(backend, config.defaults)
         self._metrics = Metrics(backend)

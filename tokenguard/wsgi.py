@@ -30,8 +30,7 @@ def create_app(
     """
     house = House(config, backend)
     upstream = upstream or SyncHttpxUpstream(provider(house.config))
-    house.backend.open()
     atexit.register(house.backend.close)
     app: falcon.App[Any, Any] = falcon.App()
     house.furnish(app, over_wsgi, WsgiChatCompletions(house.guard, upstream), WsgiModels(upstream, house.terms))
-    return GuardedWsgi(app)
+    return GuardedWsgi(app, house.backend.open)

@@ -9,6 +9,7 @@ from falcon import Request, Response
 from tokenguard._version import __version__
 from tokenguard.api.wire import Resource, write_json
 from tokenguard.backends import Backend
+from tokenguard.backends.workers import living
 
 
 class Health(Resource):
@@ -30,6 +31,7 @@ class Health(Resource):
             "version": __version__,
             "status": "ok" if trouble is None else "degraded",
             "backend": self._backend.describe(),
+            "workers": len(living(self._backend.table)) or 1,
             **({} if trouble is None else {"trouble": trouble}),
         }
         write_json(resp, 200, {**state, "time": now})

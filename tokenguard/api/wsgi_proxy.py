@@ -148,13 +148,19 @@ class GuardedWsgi:
 
     Args:
         app: The app inside.
+        begin: Is called before the first request, for nothing else tells when a process of a WSGI server begins
+            to serve: the app may have been made in the one that it was forked off.
     """
 
-    def __init__(self, app: Wsgi) -> None:
+    def __init__(self, app: Wsgi, begin: Callable[[], None]) -> None:
         self._app = app
+        self._begin: Callable[[], None] | None = begin
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """Answer one request."""
+        if self._begin is not None:
+            self._begin()
+            self._begin = None
         body: Iterable[bytes] | None = None
         try:
             body = self._app(environ, start_response)

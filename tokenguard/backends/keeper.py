@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from itertools import chain, repeat
 
 from tokenguard._bucket import BucketTable
 from tokenguard.backends.mirror import Mirror
@@ -16,8 +17,8 @@ from tokenguard.errors import StateUnwritable, TableBusy
 PERIOD_S = 0.5
 """How often it looks. What is on the disk is at most two periods old."""
 
-LOOKS_S = (1.0, 4.0, 30.0)
-"""How long after its start it looks for siblings; after that, as often as the last of these.
+LOOKS_S = (1.0, 3.0, 30.0)
+"""How long it waits before it looks for siblings, and looks again; the last of these over and over.
 
 One is told of that was there twice, for it may only just be starting.
 """
@@ -45,6 +46,7 @@ class Keeper:
         self._begin()
 
     def _begin(self) -> None:
+        self._starting = threading.Lock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -65,9 +67,10 @@ class Keeper:
 
     def start(self) -> None:
         """Begin to look, if it does not yet."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="tokenguard-keeper", daemon=True)
-            self._thread.start()
+        with self._starting:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="tokenguard-keeper", daemon=True)
+                self._thread.start()
 
     def stop(self) -> None:
         """Save a last time, and look no more."""
@@ -84,14 +87,13 @@ class Keeper:
             self.start()
 
     def _run(self) -> None:
-        began_s = time.monotonic()
-        looks = 0
-        while not self._stopping.wait(PERIOD_S):
+        looks = chain(LOOKS_S, repeat(LOOKS_S[-1]))
+        look_s = time.monotonic() + next(looks)
+        while not self._stopping.wait(PERIOD_S if self.keeps else look_s - time.monotonic()):
             try:
                 self._look_after_state(at_once=False)
-                due_s = LOOKS_S[looks] if looks < len(LOOKS_S) else LOOKS_S[-1] * (looks + 2 - len(LOOKS_S))
-                if time.monotonic() - began_s > due_s:
-                    looks += 1
+                if time.monotonic() >= look_s:
+                    look_s = time.monotonic() + next(looks)
                     self._look_for_siblings()
             except Exception:
                 _log.exception("the keeper failed inside TokenGuard")
@@ -145,6 +147,6 @@ class Keeper:
 
 def _unshared_text(pids: list[int]) -> str:
     return (
-        f"{len(pids)} other processes (such as {pids[0]}) serve the same socket with buckets of their own, so "
+        f"other processes ({', '.join(map(str, pids[:8]))}) serve the same socket with buckets of their own, so "
         "that every budget counts once for each: set TOKENGUARD_TABLE, the same for all, or REDIS_URL"
     )

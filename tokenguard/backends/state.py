@@ -103,14 +103,18 @@ class StateFile:
         Raises:
             InvalidSetting: The server that has it is another.
         """
-        for _ in range(_JOIN_TRIES):  # the first of them may be about to share it
+        for _ in range(_JOIN_TRIES):  # the first of them may be about to share it, or the last about to give it up
             if self._locked(fcntl.LOCK_SH):
-                break
+                shared_with = os.pread(self._lock, len(table), 0)
+                if shared_with == table:
+                    return
+                if shared_with:
+                    break
+                if self._locked(fcntl.LOCK_EX):
+                    self.share(table)
+                    return
             time.sleep(_PAUSE_S)
-        else:
-            raise self._taken()
-        if os.pread(self._lock, len(table), 0) != table:
-            raise self._taken()
+        raise self._taken()
 
     def close(self) -> None:
         """Give it up; who is the last takes the lock away."""
@@ -143,7 +147,8 @@ class StateFile:
 
     def _taken(self) -> InvalidSetting:
         return self._error(
-            f"is kept at {self.path} by another server that runs: give each server a file of its own"
+            f"is kept at {self.path} by another server that runs: give each server a file of its own, and the "
+            "workers of one server a TOKENGUARD_TABLE in common"
         )
 
     def _error(self, what: str) -> InvalidSetting:
