@@ -34,7 +34,9 @@ cdef extern from "_region.h":
     ctypedef long long wide "tg_wide"
     ctypedef struct tg_lock:
         pass
+    int EBUSY
     int EOWNERDEAD
+    void tg_pause() noexcept nogil
     const int64_t *tg_ticks_us
     int64_t tg_now_us() noexcept nogil
     int tg_lock_init(tg_lock *) noexcept nogil
@@ -59,6 +61,7 @@ cdef enum:
     JOURNAL = 16 * PLAN           # what an operation notes at most: 15 entries for a bucket that makes room
     RECLAIM_SCAN = 128            # slots looked at for one to reclaim; bounds the time under the lock
     STEP_US = 1_000_000           # a clock that steps back further than this is believed
+    SPINS = 64                    # looks at a lock that is held before this thread sleeps: some µs
     LOCK_WAIT_US = 1_000_000
     CHANGES_WAIT_US = 10_000_000  # who changes budgets may write to a disk meanwhile
     PEEKS = 1000                  # how often a reader tries before it takes the lock
@@ -853,6 +856,12 @@ cdef class BucketTable:
 
     cdef int lock(self) except -1:
         cdef int failed = tg_lock_try(&self.table.header.lock)
+        cdef int tries = 0
+        # PERF: a section is shorter than going to sleep would be; benchmarks/processes.py, two processes
+        while failed == EBUSY and tries < SPINS:
+            tg_pause()
+            failed = tg_lock_try(&self.table.header.lock)
+            tries += 1
         if failed == 0:
             return 0
         # PERF: the GIL is given up only when there is somebody to wait for

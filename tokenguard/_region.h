@@ -32,6 +32,16 @@ static inline int64_t tg_now_us(void) {
     return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
+static inline void tg_pause(void) {
+    for (int i = 0; i < 4; i++) {
+#if defined(__x86_64__) || defined(__i386__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("yield");
+#endif
+    }
+}
+
 /* --- a lock that outlives its holder ---------------------------------------------------------------------------
  *
  * tg_lock_try and tg_lock_wait return 0; EOWNERDEAD: the lock is ours, and its last holder died with it, so that what
