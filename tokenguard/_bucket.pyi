@@ -319,7 +319,7 @@ class BucketTable:
         """Return what counts under a name, for all who share the table.
 
         Args:
-            name: 1 to 94 bytes. There is room for 1,024; names beyond that count together under one.
+            name: 1 to 94 bytes. There is room for 1,023; what is counted under others is not told of.
 
         Raises:
             TableBusy: The lock was held by somebody else for over a second.

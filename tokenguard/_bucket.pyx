@@ -66,7 +66,7 @@ cdef enum:
     CHANGES_WAIT_US = 10_000_000  # who changes budgets may write to a disk meanwhile
     PEEKS = 1000                  # how often a reader tries before it takes the lock
     SEQ_TURNS = 8192              # of so many turns none can bring a slot's sequence number round
-    TALLIES = 1024                # how many there can be
+    TALLIES = 1024                # how many there are; the last has no name, and counts what there is no room for
     ROWS = 128                    # processes that count, each in a row of its own
     NAME_BYTES = 94
     LOG_SHIFT = 40                # the log's word: times that it was rewritten, above how long it is
@@ -1201,9 +1201,9 @@ cdef class BucketTable:
             if at.size == len(name) and not memcmp(at.text, <char *>name, at.size):
                 break
         else:
-            i = names if names < TALLIES else TALLIES - 1
-            at = &self.table.names[i]
-            if names < TALLIES:
+            i = names
+            if names < TALLIES - 1:
+                at = &self.table.names[i]
                 memcpy(at.text, <char *>name, len(name))
                 at.size = len(name)
                 tg_point()
