@@ -1081,19 +1081,15 @@ cdef class BucketTable:
     def changes(self, uint64_t since):
         cdef uint64_t log, start
         cdef bytes records
-        self.lock()               # what is read must have happened: a journal may undo what has not
-        log = self.table.header.log
-        self.unlock()
         while True:
+            self.lock()           # what is read must have happened: a journal may undo what has not
+            log = self.table.header.log
+            self.unlock()
             start = log_used(since) if since >> LOG_SHIFT == log >> LOG_SHIFT else 0
             records = log_half(&self.table, log)[start:log_used(log)]
             tg_loads_done()
-            since = tg_load(&self.table.header.log)
-            if since >> LOG_SHIFT == log >> LOG_SHIFT:
-                return log, start == 0, records
-            self.lock()           # it was rewritten meanwhile
-            log = self.table.header.log
-            self.unlock()
+            if tg_load(&self.table.header.log) >> LOG_SHIFT == log >> LOG_SHIFT:
+                return log, start == 0, records  # it was not rewritten meanwhile
 
     def rewrite(self, bytes records not None):
         cdef uint64_t log = self.table.header.log
