@@ -111,7 +111,7 @@ def _run(config: Config, upstream: Upstream, host: str, port: int, workers: int)
     if workers == 1:
         serve(backend, say)
         return
-    started = Supervisor(workers, work, say, config.shutdown_timeout_s).run()
+    started = Supervisor(workers, work, say, listening.close, config.shutdown_timeout_s).run()
     backend.close()  # what the last worker settled is saved too
     if not started:
         raise SystemExit(1)

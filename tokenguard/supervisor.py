@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import os
 import select
 import signal
@@ -23,6 +24,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
 """Before a worker is replaced that died young: it would only die again."""
 
 _YOUNG_S = 5.0
+_CALM_S = 60.0
 
 _log = logging.getLogger("tokenguard")
 
@@ -52,20 +54,29 @@ class Supervisor:
         workers: How many.
         work: What a worker does; when it returns, the worker has ended.
         ready: Is called once all of them serve.
+        stopping: Is called before they are told to end: what only this process keeps open must not outlive them.
         patience_s: How long running calls may take to end.
     """
 
     def __init__(
-        self, workers: int, work: Callable[[Worker], None], ready: Callable[[], None], patience_s: float
+        self,
+        workers: int,
+        work: Callable[[Worker], None],
+        ready: Callable[[], None],
+        stopping: Callable[[], None],
+        patience_s: float,
     ) -> None:
         self._count = workers
         self._work = work
         self._ready = ready
+        self._tell_stopping = stopping
         self._patience_s = patience_s
         self._born_s: dict[int, float] = {}
         self._starting: dict[int, int] = {}  # what a worker says that it is ready on, and its process id
         self._due_s: list[float] = []
         self._pause_s = FIRST_PAUSE_S
+        self._mourned_s = -math.inf
+        self._ready_count = 0
         self._serves = False
         self._ends_s: float | None = None
         self._stopping = False
@@ -96,7 +107,9 @@ class Supervisor:
         told, tell = os.pipe()
         os.set_blocking(told, False)
         os.set_blocking(tell, False)
-        before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # then the end of a terminal is nothing
+        heard = [number for number in _SIGNALS if not (nohup and number == signal.SIGHUP)]
+        before = {number: signal.signal(number, lambda *_: None) for number in heard}
         woken_before = signal.set_wakeup_fd(tell)
         try:
             yield told
@@ -125,6 +138,7 @@ class Supervisor:
     def _stop(self) -> None:
         """Let all workers end; once is enough, for those that do not are killed in time."""
         if not self._stopping:
+            self._tell_stopping()
             self._signal(signal.SIGTERM)
             self._due_s.clear()
             self._stopping = True
@@ -139,16 +153,21 @@ class Supervisor:
 
     def _fork(self) -> None:
         heard, say = os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        _flush()
         # A signal that comes now must find the child with its own handlers, or none.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        pid = os.fork()
-        if pid == 0:
+        try:
+            pid = os.fork()
+        except OSError:
             os.close(heard)
-            self._be_a_worker(say, blocked)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        os.close(say)
+            raise
+        else:
+            if pid == 0:
+                os.close(heard)
+                self._be_a_worker(say, blocked)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            os.close(say)
         self._starting[heard] = pid
         self._born_s[pid] = time.monotonic()
 
@@ -159,6 +178,7 @@ class Supervisor:
             signal.set_wakeup_fd(-1)
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a terminal tells all; what it means is for us to say
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             for inherited in (self._wake, self._held, *self._starting):
                 os.close(inherited)
@@ -170,8 +190,7 @@ class Supervisor:
             traceback.print_exc()
         finally:
             with suppress(BaseException):
-                sys.stdout.flush()
-                sys.stderr.flush()
+                _flush()
             os._exit(code)
 
     def _heard_of(self, ready: int) -> None:
@@ -179,7 +198,8 @@ class Supervisor:
         said = os.read(ready, 1)
         os.close(ready)
         del self._starting[ready]
-        if said and not self._starting and len(self._born_s) == self._count and not self._serves:
+        self._ready_count += bool(said)
+        if self._ready_count == self._count and not self._serves:
             self._serves = True
             self._ready()
 
@@ -198,13 +218,30 @@ class Supervisor:
             self._stop()
             return
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S) if lived_s < _YOUNG_S else FIRST_PAUSE_S
-        pause_s = self._pause_s if lived_s < _YOUNG_S else 0.0
         _log.error("worker %d %s and is replaced", pid, how)
-        self._due_s.append(time.monotonic() + pause_s)
+        now_s = time.monotonic()
+        if now_s - self._mourned_s > _CALM_S:
+            self._pause_s = FIRST_PAUSE_S
+        self._mourned_s = now_s
+        if lived_s < _YOUNG_S:
+            self._due_s.append(now_s + self._pause_s)
+            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        else:
+            self._due_s.append(now_s)
 
     def _replace(self) -> None:
         now_s = time.monotonic()
         for due_s in [due_s for due_s in self._due_s if due_s <= now_s]:
             self._due_s.remove(due_s)
-            self._fork()
+            try:
+                self._fork()
+            except OSError as error:  # of memory, or of processes: the others go on
+                _log.error("a worker cannot be replaced yet: %s", error.strerror)
+                self._due_s.append(now_s + LONGEST_PAUSE_S)
+
+
+def _flush() -> None:
+    """Write out what a fork would have written twice; a daemon may have no standard streams."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()

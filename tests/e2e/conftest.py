@@ -12,12 +12,14 @@ import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import httpx
 import openai
 import pytest
 
 from tests.e2e.fake_openai import FakeOpenAI, Serving
+from tests.processes import children_of, group_of, has_loaded, stopped
 from tests.redis_servers import RedisServer
 
 OUR_KEY = "sk-ours-0123456789"
@@ -56,8 +58,25 @@ class TokenGuard:
             self.clients.append(client)
         return client
 
+    @property
+    def workers(self):
+        """The processes that it has started to serve."""
+        return [pid for pid in children_of(self.process.pid) if has_loaded(pid, "tokenguard/_bucket.")]
+
+    def only(self, worker):
+        """Have all requests answered by one worker for a while: the others stand still."""
+        return stopped([other for other in self.workers if other != worker])
+
+    def request(self, method, path, **more):
+        """Ask over a connection of its own."""
+        # Certificates, which nobody needs here, would take 30 ms to load.
+        return httpx.request(method, self.url + path, timeout=10, verify=False, **more)
+
+    def get(self, path, **more):
+        return self.request("GET", path, **more)
+
     def post(self, path, **more):
-        return httpx.post(self.url + path, timeout=10, **more)
+        return self.request("POST", path, **more)
 
     def set_budget(self, scope, scope_id, capacity, refill=0, **more):
         body = {"scope": scope, "id": scope_id, "capacity": capacity, "refillPerSec": refill, **more}
@@ -66,7 +85,7 @@ class TokenGuard:
         return answer.json()
 
     def level(self, scope, scope_id, **query):
-        answer = httpx.get(f"{self.url}/config/budget/{scope}/{scope_id}", params=query, timeout=10)
+        answer = self.get(f"/config/budget/{scope}/{scope_id}", params=query)
         assert answer.status_code == 200, answer.text
         return answer.json()["level"]
 
@@ -90,7 +109,13 @@ def running(folder, *command, **settings):
     with (
         log_path.open("w") as log,
         subprocess.Popen(
-            call, cwd=folder, env=environment(**settings), stdout=subprocess.PIPE, stderr=log, text=True
+            call,
+            cwd=folder,
+            env=environment(**settings),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            process_group=0,
         ) as process,
     ):
         watchdog = threading.Timer(START_SECONDS, process.kill)  # readline waits for ever
@@ -107,29 +132,20 @@ def running(folder, *command, **settings):
 
 
 @contextmanager
-def running_wsgi(folder, **settings):
-    """Start the WSGI app in ``folder`` under gunicorn, with threads; stop it at the end and check how it went."""
-    log_path = folder / f"gunicorn-{next(_numbers)}.log"
+def running_under(folder, manager, *options, **settings):
+    """Start another server in ``folder`` on a socket of ours, ``{fd}`` in its options; likewise."""
+    log_path = folder / f"{manager}-{next(_numbers)}.log"
     with socket.create_server(("127.0.0.1", 0), backlog=256) as listening, log_path.open("w") as log:
         # Whoever connects before it serves waits in the socket's queue, so that nobody has to ask when it does.
         listening.set_inheritable(True)
-        options = [
-            "--worker-class",
-            "gthread",
-            "--threads",
-            "32",
-            "--graceful-timeout",
-            "5",
-            "--no-control-socket",
-        ]
-        options += ["--bind", f"fd://{listening.fileno()}", "--log-level", "warning"]
         with subprocess.Popen(
-            [sys.executable, "-m", "gunicorn", "tokenguard.wsgi:create_app()", *options],
+            [sys.executable, "-m", manager, *(option.format(fd=listening.fileno()) for option in options)],
             cwd=folder,
             env=environment(**settings),
             stdout=log,
             stderr=log,
             pass_fds=[listening.fileno()],
+            process_group=0,
         ) as process:
             server = TokenGuard(process, f"http://127.0.0.1:{listening.getsockname()[1]}", "", log_path)
             try:
@@ -141,6 +157,19 @@ def running_wsgi(folder, **settings):
                 yield server
 
 
+def running_wsgi(folder, *options, **settings):
+    """Start the WSGI app in ``folder`` under gunicorn, with threads; likewise."""
+    fixed = ["--worker-class", "gthread", "--threads", "32", "--graceful-timeout", "5"]
+    fixed += ["--no-control-socket", "--bind", "fd://{fd}", "--log-level", "warning"]
+    return running_under(folder, "gunicorn", "tokenguard.wsgi:create_app()", *fixed, *options, **settings)
+
+
+def running_asgi(folder, *options, **settings):
+    """Start the ASGI app in ``folder`` under uvicorn; likewise."""
+    fixed = ["--factory", "--fd", "{fd}", "--log-level", "warning", "--no-access-log"]
+    return running_under(folder, "uvicorn", "tokenguard.asgi:create_app", *fixed, *options, **settings)
+
+
 @contextmanager
 def _stopped_at_the_end(server):
     try:
@@ -148,9 +177,15 @@ def _stopped_at_the_end(server):
     finally:
         for client in server.clients:
             client.close()
-        if server.process.poll() is None:
-            code = server.stop()
-            assert code == 0, f"exit code {code}: {server.log}"
+        try:
+            if server.process.poll() is None:
+                code = server.stop()
+                assert code == 0, f"exit code {code}: {server.log}"
+        finally:
+            left = group_of(server.process.pid)
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+        assert left == []
     assert "Traceback" not in server.log, server.log
 
 
@@ -159,6 +194,11 @@ DRIVERS = {
     "gunicorn": running_wsgi,
 }
 """The ways in which requests come in, as functions that start a server."""
+
+
+def running_workers(folder, workers, **settings):
+    """Start some workers in ``folder`` that share a socket and a table; likewise."""
+    return running(folder, "serve", "--workers", str(workers), **settings)
 
 
 @pytest.fixture(scope="session")
@@ -197,14 +237,16 @@ def redis_server():
         yield server
 
 
-@pytest.fixture(scope="session", params=[*DRIVERS, "uvicorn with redis"])
+@pytest.fixture(scope="session", params=[*DRIVERS, "uvicorn with redis", "uvicorn with workers"])
 def server(request, upstream_url, tmp_path_factory):
     """One server of each kind for tests that need no settings of their own; the defaults are far away."""
-    driver, _, backend = request.param.partition(" with ")
-    shared = {}
-    if backend:  # a busy machine may hold up a batch for long, and that is no outage
+    driver, _, more = request.param.partition(" with ")
+    start, shared = DRIVERS[driver], {}
+    if more == "workers":
+        start = partial(running_workers, workers=2)
+    elif more == "redis":  # a busy machine may hold up a batch for long, and that is no outage
         shared = {"REDIS_URL": request.getfixturevalue("redis_server").url, "TOKENGUARD_REDIS_TIMEOUT_S": 10}
-    with DRIVERS[driver](
+    with start(
         tmp_path_factory.mktemp("server"),
         **shared,
         OPENAI_API_KEY=OUR_KEY,

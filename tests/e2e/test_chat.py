@@ -373,7 +373,7 @@ def test_caller_who_leaves_a_stream_pays_for_what_was_streamed(server, fake, use
     next(stream)
     stream.close()
     assert closed.wait(10)
-    assert server.level("user", user) == CAPACITY - 9 - 5
+    wait_for(lambda: server.level("user", user) == CAPACITY - 9 - 5)
 
 
 def test_caller_who_leaves_before_any_output_pays_the_reservation(server, fake, user):

@@ -16,7 +16,7 @@ MESSAGES = [{"role": "user", "content": "the secret of the day"}]
 
 def series(server):
     """Return the metrics as they are now: each series with its labels, and its value."""
-    text = httpx.get(f"{server.url}/metrics").text
+    text = server.get("/metrics").text
     return {name: float(value) for name, value in re.findall(r"^(tokenguard\S+) (\S+)$", text, re.MULTILINE)}
 
 
