@@ -354,13 +354,13 @@ cdef inline void set_slot(Table *t, Slot *at, const Slot *s) noexcept nogil:
 
 
 cdef inline void commit(Table *t, int64_t now_us) noexcept nogil:
-    """End an operation: from here on it has happened."""
+    """End an operation: once nothing counts as noted, it has happened."""
     tg_in_order()
     if t.header.noted:
-        t.header.noted = 0
+        tg_store(&t.header.turn, t.header.turn + 1)  # before: a change that no turn tells of would not be saved
         tg_in_order()
         tg_point()
-        tg_store(&t.header.turn, t.header.turn + 1)
+        t.header.noted = 0
         tg_point()
     tg_witness(t.header.turn, now_us)
 
@@ -1069,31 +1069,37 @@ cdef class BucketTable:
     cdef int64_t lock_for(self, bytes record, now_us) except -1:
         """Take the lock for a change that has a record, and return the time."""
         cdef int64_t now = self.lock_at(now_us)
-        if log_used(self.table.header.log) + len(record) > self.table.header.log_bytes:
+        cdef int64_t room = self.table.header.log_bytes - log_used(self.table.header.log)
+        if len(record) > room:
             self.unlock()
-            raise ValueError(f"there is room for {self.log_room} bytes, got {len(record)}")
+            raise ValueError(f"there is room for {room} bytes, got {len(record)}")
         return now
 
     @property
     def log_room(self):
-        return self.table.header.log_bytes - log_used(tg_load(&self.table.header.log))
+        return self.table.header.log_bytes - log_used(self.settled_log())
 
     def changes(self, uint64_t since):
         cdef uint64_t log, start
         cdef bytes records
         while True:
-            self.lock()           # what is read must have happened: a journal may undo what has not
-            log = self.table.header.log
-            self.unlock()
+            log = self.settled_log()
             start = log_used(since) if since >> LOG_SHIFT == log >> LOG_SHIFT else 0
             records = log_half(&self.table, log)[start:log_used(log)]
             tg_loads_done()
             if tg_load(&self.table.header.log) >> LOG_SHIFT == log >> LOG_SHIFT:
                 return log, start == 0, records  # it was not rewritten meanwhile
 
+    cdef uint64_t settled_log(self) except? 0:
+        """Return the log's word as it is once what somebody died over is undone."""
+        self.lock()
+        log = self.table.header.log
+        self.unlock()
+        return log
+
     def rewrite(self, bytes records not None):
-        cdef uint64_t log = self.table.header.log
-        cdef uint64_t fresh = (log >> LOG_SHIFT) + 1 << LOG_SHIFT
+        # NOTE: a word that is yet to be undone would name the half that counts as the one to write to.
+        cdef uint64_t fresh = (self.settled_log() >> LOG_SHIFT) + 1 << LOG_SHIFT
         if len(records) > <Py_ssize_t>self.table.header.log_bytes:
             room = self.table.header.log_bytes
             raise TableFull(f"the budgets take {len(records)} bytes, there is room for {room}")
