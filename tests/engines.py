@@ -205,6 +205,9 @@ class OracleEngine:
         self.epoch += 1
         self.oracle.remove(key)
 
+    def expire_handles(self) -> None:
+        self.epoch += 1
+
     def state(self, key: bytes) -> Stored | None:
         return self.oracle.stored(key)
 

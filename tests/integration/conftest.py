@@ -1,10 +1,11 @@
-"""Real parts beside the code: Redis servers of the tests' own."""
+"""Real parts beside the code: Redis servers of the tests' own, and cores that can be killed at every store."""
 
 import pytest
 
 from tests.nodes import HastyNode
 from tests.proxy import Road
 from tests.redis_servers import RedisServer, valkey_command
+from tests.variants import variant
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +50,21 @@ def road(redis):
     """A road to the test's own server."""
     with Road(redis.port) as road:
         yield road
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory):
+    """The folder in which variants of the core are built."""
+    return tmp_path_factory.mktemp("variants")
+
+
+@pytest.fixture(scope="session")
+def test_core(variants):
+    """The core as a test can kill it, and ask it for its turns."""
+    return variant(variants, "TOKENGUARD_TEST_BUILD")
+
+
+@pytest.fixture(scope="session")
+def test_core_with_pid_lock(variants):
+    """The same with the lock of systems that have no robust mutexes."""
+    return variant(variants, "TOKENGUARD_TEST_BUILD", "TOKENGUARD_PID_LOCK")

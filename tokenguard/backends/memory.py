@@ -18,6 +18,11 @@ from tokenguard.backends.workers import changing, leave
 from tokenguard.errors import BudgetNotFound, StateUnwritable, TableFull
 from tokenguard.model import BucketName, Budget, Scale, Scope
 
+NOTHING = Mirror(None, {})
+
+_RESERVE_BYTES = 2048
+"""Room in the log for removing budgets, and for changing them to what takes no more room: a few records."""
+
 
 class MemoryBackend:
     """The embedded engine.
@@ -38,8 +43,7 @@ class MemoryBackend:
         self._file = file
         self._shared = shared
         self._lock = threading.Lock()
-        self._mirror = Mirror(None, {})
-        self._read_to = 0
+        self._known = NOTHING, 0
         self._keeper = Keeper(table, self._budgets, file)
         self.changes_wait = self._keeper.keeps
         self.reserve = table.reserve  # PERF: no frame in between; row "Limiter" of test_bench_bucket
@@ -139,7 +143,7 @@ class MemoryBackend:
             TableBusy: Others have been changing budgets for over ten seconds; nothing was changed.
         """
         with changing(self.table):
-            if not self._budgets().has(name):
+            if self._budgets().find(name) is None:
                 raise BudgetNotFound(f"there is no budget for {name}")
             if default is None:
                 self._change(name, None, lambda record: self.table.remove(name.key, record))
@@ -164,10 +168,9 @@ class MemoryBackend:
         """Put a change on the disk, then into the table; nobody else changes anything meanwhile."""
         before = self._budgets()
         record = record_of(name, scale)
-        if len(record) > self.table.log_room:
+        if self.table.log_room - len(record) < _RESERVE_BYTES:
             self.table.rewrite(before.records)
-            if len(record) > self.table.log_room:
-                raise TableFull(f"the table has no room for more than the {len(before.all)} budgets that are set")
+            self._check_room(before, name, record)
         self._keeper.save(before.changed(None, [(name, scale)]))
         try:
             apply(record)
@@ -176,16 +179,26 @@ class MemoryBackend:
                 self._keeper.save(before)
             raise
 
+    def _check_room(self, before: Mirror, name: BucketName, record: bytes) -> None:
+        """Refuse to let the budgets grow into what is kept for removing them."""
+        set_before = before.find(name)
+        grows = len(record) - (len(record_of(*set_before)) if set_before else 0)
+        room = self.table.log_room
+        if len(record) > room or (grows > 0 and room - grows < _RESERVE_BYTES):
+            raise TableFull(f"the table has no room for more than the {len(before.all)} budgets that are set")
+
     def _budgets(self) -> Mirror:
         """Return the explicit budgets as they are now."""
-        if self._mirror.epoch == self.table.epoch:
-            return self._mirror
+        mirror, read_to = self._known
+        if mirror.epoch == self.table.epoch:
+            return mirror
         with self._lock:
+            mirror, read_to = self._known
             epoch = self.table.epoch  # before the budgets: if one changes now, they are read again
-            self._read_to, whole, records = self.table.changes(self._read_to)
-            known = Mirror(None, {}) if whole else self._mirror
-            self._mirror = known.changed(epoch, read_records(records))
-            return self._mirror
+            read_to, whole, records = self.table.changes(read_to)
+            mirror = (NOTHING if whole else mirror).changed(epoch, read_records(records))
+            self._known = mirror, read_to  # at once: a process may be forked off at any time
+            return mirror
 
 
 _backends: weakref.WeakSet[MemoryBackend] = weakref.WeakSet()

@@ -56,9 +56,9 @@ class Mirror:
                 budgets[name.scope] = kept
         return Mirror(epoch, budgets)
 
-    def has(self, name: BucketName) -> bool:
-        """Return whether there is a budget of a name."""
-        return any(budget.name == name for budget in self.budgets.get(name.scope, ()))
+    def find(self, name: BucketName) -> Budget | None:
+        """Return the budget of a name, if there is one."""
+        return next((budget for budget in self.budgets.get(name.scope, ()) if budget.name == name), None)
 
 
 def record_of(name: BucketName, scale: Scale | None) -> bytes:

@@ -67,7 +67,9 @@ def living(table: BucketTable) -> dict[int, int]:
 
 def counted(table: BucketTable) -> dict[bytes, int]:
     """Return what all processes counted, and how things are with those that live."""
-    alive = {0, *living(table)}  # whoever did not join counts in row 0
+    alive = set(living(table))
+    if table.rows()[0] == (0, 0):
+        alive.add(0)  # whoever did not join counts there
     return {
         name: sum(number for row, number in enumerate(rows) if row in alive or name not in STATES)
         for name, rows in table.tallies().items()
