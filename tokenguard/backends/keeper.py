@@ -123,10 +123,12 @@ class Keeper:
 
     def _look_after_state(self, *, at_once: bool) -> None:
         """Save what changed, unless a sibling has just done so."""
-        if self._file is None or self._table.turn == self._saved_turn:
+        if self._file is None:
             return
-        if not at_once and 0 <= time.time() - self._file.written_s() < PERIOD_S and self._failure is None:
-            return
+        if self._failure is None:
+            just_saved = not at_once and 0 <= time.time() - self._file.written_s() < PERIOD_S
+            if just_saved or self._table.turn == self._saved_turn:
+                return
         try:
             with changing(self._table):
                 self.save(self._budgets())

@@ -12,13 +12,11 @@ from pathlib import Path
 
 from tokenguard._bucket import BucketTable, Handle, Outcome
 from tokenguard.backends.keeper import Keeper
-from tokenguard.backends.mirror import Mirror, read_records, record_of
+from tokenguard.backends.mirror import NOTHING, Mirror, read_records, record_of
 from tokenguard.backends.state import StateFile
 from tokenguard.backends.workers import changing, leave
 from tokenguard.errors import BudgetNotFound, StateUnwritable, TableFull
 from tokenguard.model import BucketName, Budget, Scale, Scope
-
-NOTHING = Mirror(None, {})
 
 _RESERVE_BYTES = 2048
 """Room in the log for removing budgets, and for changing them to what takes no more room: a few records."""

@@ -61,6 +61,9 @@ class Mirror:
         return next((budget for budget in self.budgets.get(name.scope, ()) if budget.name == name), None)
 
 
+NOTHING = Mirror(None, {})
+
+
 def record_of(name: BucketName, scale: Scale | None) -> bytes:
     """Return a change as bytes that say where they end."""
     record = msgspec.msgpack.encode(_Record(name.key, scale))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tokenguard._bucket import BucketTable
-from tokenguard.backends.mirror import read_records
+from tokenguard.backends.mirror import NOTHING, read_records
 from tokenguard.backends.state import State, StateFile, taken
 from tokenguard.backends.table_file import open_table
 from tokenguard.errors import InvalidSetting, StateUnwritable, TableFull
@@ -71,7 +71,7 @@ def _begin(
         if saved is not None:
             _restore(table, saved, file)
     try:
-        file.write(taken(table, table.changes(0)[2]))
+        file.write(taken(table, NOTHING.changed(None, read_records(table.changes(0)[2])).records))
     except StateUnwritable as error:
         raise InvalidSetting("TOKENGUARD_STATE", f"TOKENGUARD_STATE: {error}") from error
     file.share(table.identity)

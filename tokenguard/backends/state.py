@@ -101,7 +101,7 @@ class StateFile:
         """Have it with the others who share a table.
 
         Raises:
-            InvalidSetting: The server that has it is another.
+            InvalidSetting: The server that has it is another, or those who share the table keep it elsewhere.
         """
         for _ in range(_JOIN_TRIES):  # the first of them may be about to share it, or the last about to give it up
             if self._locked(fcntl.LOCK_SH):
@@ -110,11 +110,21 @@ class StateFile:
                     return
                 if shared_with:
                     break
-                if self._locked(fcntl.LOCK_EX):
+                if self._locked(fcntl.LOCK_EX):  # nobody has it; it may still be what the last of them left
+                    self._check_origin(table)
                     self.share(table)
                     return
             time.sleep(_PAUSE_S)
         raise self._taken()
+
+    def _check_origin(self, table: bytes) -> None:
+        """Refuse to write over what is not the state of a table."""
+        kept = self.read()
+        if kept is None or kept.table != table:
+            raise self._error(
+                f"in {self.path} is not that of the table which this process shares: give all processes that share "
+                "a TOKENGUARD_TABLE the same TOKENGUARD_STATE"
+            )
 
     def close(self) -> None:
         """Give it up; who is the last takes the lock away."""
