@@ -42,7 +42,7 @@ check: runtime $(DONE)/check ## lint, types, and whether the stub matches the co
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest tokenguard._bucket
-	PATH="$(BIN):$$PATH" cython-lint tokenguard/_bucket.pyx
+	PATH="$(BIN):$$PATH" cython-lint tokenguard/_bucket.pyx tokenguard/_table.pxi
 
 bench: runtime $(DONE)/test ## a short benchmark, and whether its ratios hold
 	@tests/get-redis $(VENV)
@@ -62,7 +62,8 @@ clean: ## remove all that make has made, .venv/ too
 
 # The package is installed as editable, so that only the compiled core has to be built again after an edit.
 runtime: $(DONE)/runtime
-	@[ -n "$$(find tokenguard -name '_bucket.*.so' -newer tokenguard/_bucket.pyx -newer tokenguard/_region.h)" ] || { \
+	@[ -n "$$(find tokenguard -name '_bucket.*.so' -newer tokenguard/_bucket.pyx -newer tokenguard/_table.pxi \
+	    -newer tokenguard/_region.h)" ] || { \
 	    echo "Compiling the core"; $(BIN)/python setup.py --quiet build_ext --inplace; }
 
 $(DONE)/runtime: pyproject.toml setup.py $(DONE)/venv

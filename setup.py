@@ -9,7 +9,7 @@ setup(
             Extension(
                 "tokenguard._bucket",
                 ["tokenguard/_bucket.pyx"],
-                depends=["tokenguard/_region.h"],
+                depends=["tokenguard/_table.pxi", "tokenguard/_region.h"],
                 extra_compile_args=["-O3"],
             )
         ],

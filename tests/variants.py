@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NAME = "tokenguard._bucket"
-SOURCES = ("setup.py", "tokenguard/__init__.py", "tokenguard/_bucket.pyx", "tokenguard/_region.h")
+CORE = ("__init__.py", "_bucket.pyx", "_table.pxi", "_region.h")
+SOURCES = ("setup.py", *(f"tokenguard/{name}" for name in CORE))
 
 
 def variant(folder: Path, *macros: str) -> Path:

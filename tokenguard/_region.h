@@ -32,6 +32,12 @@ static inline int64_t tg_now_us(void) {
     return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
 }
 
+static inline int64_t tg_steady_us(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+}
+
 static inline void tg_pause(void) {
     for (int i = 0; i < 4; i++) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -49,7 +55,8 @@ static inline void tg_pause(void) {
  *
  * Linux has robust mutexes for that: the kernel passes on what a dead thread held. Where there are none (macOS), the
  * lock is a word that holds its holder's process id, and who has waited for a while asks whether that process lives.
- * NOTE: there, a process id that was given to somebody else in between leaves the lock held: every wait times out.
+ * NOTE: there, a process id that was given to somebody else in between leaves the lock held, and so does a dead holder
+ * that its parent has not waited for yet: every wait times out.
  */
 
 #if defined(__APPLE__) || defined(TOKENGUARD_PID_LOCK)
@@ -70,9 +77,9 @@ static inline int tg_lock_try(tg_lock *lock) {
 }
 
 static inline int tg_lock_wait(tg_lock *lock, int64_t wait_us) {
-    const int64_t step_us = 50;
-    const struct timespec step = {0, step_us * 1000};
-    for (int64_t waited_us = 0; waited_us < wait_us; waited_us += step_us) {
+    const struct timespec step = {0, 50000};
+    const int64_t until_us = tg_steady_us() + wait_us;
+    while (tg_steady_us() < until_us) {
         if (!tg_lock_try(lock))
             return 0;
         pid_t holder = tg_load(&lock->holder);

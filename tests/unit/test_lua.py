@@ -92,7 +92,8 @@ def test_numbers_become_text_by_format_d_only(name):
 @pytest.mark.parametrize("function", ["clamp", "refill", "convert", "charge", "bring_up", "full_in_us"])
 def test_what_is_computed_twice_has_one_name(function):
     """A rule of the buckets is found under the same name in Lua and in Cython."""
-    core = Path(_bucket.__file__).with_name("_bucket.pyx").read_text(encoding="utf-8")
+    folder = Path(_bucket.__file__).parent
+    core = "".join((folder / name).read_text(encoding="utf-8") for name in ("_table.pxi", "_bucket.pyx"))
 
     assert re.search(rf"^local function {function}\(", text_of(PRELUDE) + text_of("calls"), re.MULTILINE)
     assert re.search(rf"^ *c?p?def .*\b{function}\(", core, re.MULTILINE)

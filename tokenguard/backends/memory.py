@@ -151,17 +151,6 @@ class MemoryBackend:
                     name, None, lambda record: self.table.configure(name.key, scale, None, now_us, record)
                 )
 
-    def restore(self, records: bytes) -> None:
-        """Begin with the budgets of a state.
-
-        Raises:
-            TableFull: There is no room for them.
-            ValueError: They are no budgets.
-        """
-        list(read_records(records))
-        with changing(self.table):
-            self.table.rewrite(records)
-
     def _change(self, name: BucketName, scale: Scale | None, apply: Callable[[bytes], None]) -> None:
         """Put a change on the disk, then into the table; nobody else changes anything meanwhile."""
         before = self._budgets()

@@ -108,12 +108,12 @@ class StateFile:
                 shared_with = os.pread(self._lock, len(table), 0)
                 if shared_with == table:
                     return
-                if shared_with:
-                    break
                 if self._locked(fcntl.LOCK_EX):  # nobody has it; it may still be what the last of them left
                     self._check_origin(table)
                     self.share(table)
                     return
+                if shared_with:
+                    break
             time.sleep(_PAUSE_S)
         raise self._taken()
 
@@ -122,8 +122,8 @@ class StateFile:
         kept = self.read()
         if kept is None or kept.table != table:
             raise self._error(
-                f"in {self.path} is not that of the table which this process shares: give all processes that share "
-                "a TOKENGUARD_TABLE the same TOKENGUARD_STATE"
+                f"in {self.path} is not that of the table which this process shares: give all processes that "
+                "share a TOKENGUARD_TABLE the same TOKENGUARD_STATE"
             )
 
     def close(self) -> None:

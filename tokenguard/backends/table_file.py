@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tokenguard._bucket import BucketTable, region_bytes
+from tokenguard._bucket import MAX_BUCKETS, BucketTable, region_bytes
 from tokenguard.errors import InvalidSetting
 
 _PAUSE_S = 0.01
@@ -46,7 +46,8 @@ def open_table(
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise _error(f"{path} cannot be opened: {error.strerror}") from error
+        why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise _error(f"{path} cannot be opened: {why}") from error
     try:
         _check(path, file)
         if not _is_alone(file):
@@ -61,9 +62,9 @@ def open_table(
 def _check(path: Path, file: int) -> None:
     """Refuse a file that somebody else made for something else."""
     status = os.fstat(file)
-    if not stat.S_ISREG(status.st_mode) or (
-        status.st_size and os.pread(file, len(_MAGIC), 0) not in (_MAGIC, bytes(8))
-    ):
+    begins = os.pread(file, len(_MAGIC), 0) if stat.S_ISREG(status.st_mode) else None
+    half_made = begins == bytes(8) and status.st_size <= region_bytes(MAX_BUCKETS)
+    if begins not in (b"", _MAGIC) and not half_made:
         raise _error(f"{path} is no table, and is left as it is: name a file that is not there yet")
     if status.st_uid != os.geteuid():
         raise _error(f"{path} belongs to another user")

@@ -1,4 +1,4 @@
--- The arithmetic of one bucket: what _bucket.pyx does in C, once more and to the unit.
+-- The arithmetic of one bucket: what _table.pxi does in C, once more and to the unit.
 -- It is put in front of the scripts that touch buckets and takes no KEYS or ARGV of its own.
 --
 -- A bucket is stored as "L t C D r q tau": its level in units, the tick up to which it has been refilled, and the
