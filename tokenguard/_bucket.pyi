@@ -145,6 +145,9 @@ class BucketTable:
     def turn(self) -> int:
         """A number that moves with everything that changes the table."""
 
+    saved_turn: int
+    """The turn of the last state of it that was saved, as whoever saves it says; 0 for none."""
+
     def prepare(self, buckets: Iterable[tuple[bytes, _Scale]], epoch: int | None = None) -> Handle:
         """Make a plan ready: each bucket's key and scale, in the order of the hierarchy.
 

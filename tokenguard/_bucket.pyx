@@ -495,6 +495,14 @@ cdef class BucketTable:
     def turn(self):
         return tg_load(&self.table.header.turn)
 
+    @property
+    def saved_turn(self):
+        return tg_load(&self.table.header.saved)
+
+    @saved_turn.setter
+    def saved_turn(self, uint64_t turn):
+        tg_store(&self.table.header.saved, turn)
+
     def dump(self, uint64_t start, uint64_t slots, now_us=None):
         cdef uint64_t end = min(start + slots, tg_load(&self.table.header.fresh))
         cdef uint64_t slot

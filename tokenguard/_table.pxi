@@ -122,6 +122,7 @@ cdef struct Header:
     uint64_t log                  # see LOG_SHIFT
     uint64_t names
     Counters counters
+    uint64_t saved                # the turn of the last state that was saved
     tg_lock lock
     tg_lock changes               # held while budgets are changed
     uint64_t noted                # entries of the journal that count

@@ -38,6 +38,7 @@ _COUNTERS = {
     "tokens_refunded": "Reserved tokens that were given back.",
     "tokens_overrun": "Tokens charged beyond what had been reserved.",
     "settlements_lost": "Reservations kept as spent because the buckets were not to be had.",
+    "state_failures": "Times that the state could not be written.",
     "upstream_failures": "Calls that the provider did not answer, or whose answer broke off.",
 }
 _GAUGES = {

@@ -43,7 +43,7 @@ def recorded() -> bytes:
     records = [record_of(name, scale) for name, scale in BUDGETS]
     gone = named("role:gone")
     log = b"".join([record_of(gone, grant(1)), *records, record_of(gone, None)])
-    return _encoded(State(b"golden identity!", table.seed, log, table.dump(0, 64, NOW_US)))
+    return _encoded(State(b"golden identity!", 7, table.seed, log, table.dump(0, 64, NOW_US)))
 
 
 def path_of(version: int) -> Path:

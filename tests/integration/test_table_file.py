@@ -302,7 +302,7 @@ def test_folder_that_is_not_there_is_named(tmp_path):
     """A file in a folder that is missing is an error that names it."""
     path = tmp_path / "nowhere" / "table"
 
-    assert f"{path} cannot be opened: No such file" in refusal(path)
+    assert f"{path} cannot be made: there is no folder {path.parent}" in refusal(path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
@@ -515,26 +515,41 @@ def test_another_node_is_kept_from_the_state(start, path, state):
     assert running.budgets() == {"user:alice": 100, "user:bob": 100}
 
 
-def test_table_that_was_left_is_newer_than_its_state(path, state):
-    """What the table has is what holds, where the state was taken from it earlier."""
+def end_suddenly(path, state):
+    """Set two budgets, spend 4 of the first, and end without another save; return the identity, and a backup."""
 
     def work():
         backend = MemoryBackend(*open_node(BUCKETS, path, state))
         backend.put(ALICE, None, NOW_US)
-        older = state.read_bytes()
+        backup = state.read_bytes()
         backend.put(BOB, None, NOW_US)
         take(backend, ALICE, 4)
-        return older, backend.table.identity
+        return backend.table.identity, backup
 
     with Worker(work) as worker:
         worker.go()
-        older, identity = worker.answer()
-    state.write_bytes(older)
+        return worker.answer()
+
+
+def test_table_that_was_left_is_newer_than_its_state(path, state):
+    """What the table has is what holds, where the state is the last that was saved of it."""
+    identity, _ = end_suddenly(path, state)
 
     with opened(path, state) as backend:
         assert backend.table.identity == identity
         assert backend.budgets() == [ALICE, BOB]
         assert levels(backend, ALICE) == [6]
+
+
+def test_backup_of_the_same_table_is_what_holds(path, state):
+    """A state that is older than the last one saved was put there by somebody, who means it."""
+    identity, backup = end_suddenly(path, state)
+    state.write_bytes(backup)
+
+    with opened(path, state) as backend:
+        assert backend.table.identity != identity
+        assert backend.budgets() == [ALICE]
+        assert levels(backend, ALICE) == [10]
 
 
 def test_state_of_another_table_is_what_holds(path, state, tmp_path):

@@ -320,7 +320,7 @@ def test_body_that_holds_something_else_is_refused(body, path):
 )
 def test_budgets_or_buckets_that_cannot_be_are_refused(budgets, buckets, path):
     """Records that are none, in a file that is otherwise right, are refused, and the file is left as it is."""
-    path.write_bytes(state._encoded(State(bytes(16), b"seed", budgets, buckets)))
+    path.write_bytes(state._encoded(State(bytes(16), 1, b"seed", budgets, buckets)))
 
     assert f"the state in {path} cannot be used" in str(refused(path))
 
@@ -337,7 +337,7 @@ def test_folder_that_is_not_there_is_named(tmp_path):
     """A state whose folder is missing is an error at the start."""
     path = tmp_path / "nowhere" / "state"
 
-    with pytest.raises(InvalidSetting, match=f"cannot be kept at {path}: No such file"):
+    with pytest.raises(InvalidSetting, match=f"cannot be kept at {path}: there is no folder {path.parent}"):
         open_node(64, state=path)
 
 
@@ -371,7 +371,7 @@ def test_more_buckets_than_there_is_room_for_name_the_setting(path):
 def test_more_budgets_than_there_is_room_for_name_the_setting(path):
     """The same holds for budgets."""
     many = b"".join(record_of(named(f"user:{number}"), grant(10)) for number in range(5_000))
-    path.write_bytes(state._encoded(State(bytes(16), b"seed", many, b"")))
+    path.write_bytes(state._encoded(State(bytes(16), 1, b"seed", many, b"")))
 
     error = refused(path, buckets=1)
 

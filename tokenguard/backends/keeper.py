@@ -23,6 +23,9 @@ LOOKS_S = (1.0, 3.0, 30.0)
 One is told of that was there twice, for it may only just be starting.
 """
 
+FAILURES = b"state_failures"
+"""What counts the times that the state could not be written."""
+
 _log = logging.getLogger("tokenguard")
 
 
@@ -41,6 +44,7 @@ class Keeper:
         self._file = file
         self._saved_turn: int | None = None
         self._failure: str | None = None
+        self._failures = table.tally(FAILURES)
         self._unshared: list[int] = []
         self._suspects: set[int] = set()
         self._begin()
@@ -108,10 +112,11 @@ class Keeper:
         """
         if self._file is None:
             return
-        turn = self._table.turn
+        state = taken(self._table, budgets.records)
         try:
-            self._file.write(taken(self._table, budgets.records))
+            self._file.write(state)
         except StateUnwritable as error:
+            self._failures.add()
             if self._failure is None:
                 _log.error("%s; until it can, a restart would go back to the last state written", error)
             self._failure = str(error)
@@ -119,7 +124,7 @@ class Keeper:
         if self._failure is not None:
             _log.warning("the state can be written again")
         self._failure = None
-        self._saved_turn = turn
+        self._saved_turn = self._table.saved_turn = state.turn
 
     def _look_after_state(self, *, at_once: bool) -> None:
         """Save what changed, unless a sibling has just done so."""

@@ -64,18 +64,26 @@ def _begin(
         return left or new(None)
     file.own()
     saved = file.read()
-    if left is not None and (saved is None or saved.table == left.identity):
-        table = left  # it is newer than what was saved of it
+    if left is not None and (saved is None or _is_of(saved, left)):
+        table = left
+        _log.info("going on with the table that is there, which is newer than the state in %s", file.path)
     else:
         table = new(saved.seed if saved else None)
         if saved is not None:
             _restore(table, saved, file)
     try:
-        file.write(taken(table, NOTHING.changed(None, read_records(table.changes(0)[2])).records))
+        state = taken(table, NOTHING.changed(None, read_records(table.changes(0)[2])).records)
+        file.write(state)
+        table.saved_turn = state.turn
     except StateUnwritable as error:
         raise InvalidSetting("TOKENGUARD_STATE", f"TOKENGUARD_STATE: {error}") from error
     file.share(table.identity)
     return table
+
+
+def _is_of(saved: State, left: BucketTable) -> bool:
+    """Return whether a state is the last that was saved of a table; else somebody put another in its place."""
+    return saved.table == left.identity and saved.turn >= left.saved_turn
 
 
 def _restore(table: BucketTable, saved: State, file: StateFile) -> None:

@@ -25,7 +25,7 @@ import msgspec
 from tokenguard._bucket import BucketTable
 from tokenguard.errors import InvalidSetting, StateUnwritable
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"TGSTATE\n"
 _HEAD = struct.Struct(">8sIQ")
 _DIGEST_BYTES = 32
@@ -40,12 +40,14 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
 
     Attributes:
         table: The identity of the table that it was taken from.
+        turn: The table's turn then.
         seed: What keys the table's fingerprints.
         budgets: The explicit budgets, as ``mirror.read_records`` takes them.
         buckets: The buckets that were not full, as ``BucketTable.load`` takes them.
     """
 
     table: bytes
+    turn: int
     seed: bytes
     budgets: bytes
     buckets: bytes
@@ -53,14 +55,31 @@ class State(msgspec.Struct, forbid_unknown_fields=True):
 
 def taken(table: BucketTable, budgets: bytes) -> State:
     """Return a table's state as it is now, bucket by bucket, with some budgets."""
+    turn = table.turn  # before the buckets: of what changes meanwhile, some may be missing
     slots = range(0, table.stats()["buckets"], _SLOTS)
     buckets = b"".join(table.dump(start, _SLOTS) for start in slots)
-    return State(table.identity, table.seed, budgets, buckets)
+    return State(table.identity, turn, table.seed, budgets, buckets)
 
 
-_READERS: dict[int, Callable[[bytes], State]] = {
-    1: lambda body: msgspec.msgpack.decode(body, type=State),
-}
+class _State1(msgspec.Struct, forbid_unknown_fields=True):
+    """The first version, which did not say how old it was."""
+
+    table: bytes
+    seed: bytes
+    budgets: bytes
+    buckets: bytes
+
+
+def _read_1(body: bytes) -> State:
+    state = msgspec.msgpack.decode(body, type=_State1)
+    return State(state.table, 0, state.seed, state.budgets, state.buckets)
+
+
+def _read_2(body: bytes) -> State:
+    return msgspec.msgpack.decode(body, type=State)
+
+
+_READERS: dict[int, Callable[[bytes], State]] = {1: _read_1, 2: _read_2}
 """For each version that there ever was, what reads its body."""
 
 
@@ -75,7 +94,7 @@ class StateFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path = Path(os.path.realpath(path))  # a link stays one, and its file has one lock
         self._lock_path = path.with_name(path.name + ".lock")
         self._new_path = path.with_name(path.name + ".new")
         self._lock = self._open_lock()
@@ -139,6 +158,8 @@ class StateFile:
     def _open_lock(self) -> int:
         try:
             return os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError as error:
+            raise self._error(f"cannot be kept at {self.path}: there is no folder {self.path.parent}") from error
         except OSError as error:
             raise self._error(f"cannot be kept at {self.path}: {error.strerror}") from error
 

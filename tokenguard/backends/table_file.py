@@ -45,6 +45,8 @@ def open_table(
     """
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except FileNotFoundError as error:
+        raise _error(f"{path} cannot be made: there is no folder {path.parent}") from error
     except OSError as error:
         why = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
         raise _error(f"{path} cannot be opened: {why}") from error
