@@ -10,7 +10,7 @@ INSTALL := $(PIP) install --no-build-isolation
 
 # An address only counts when it stands on make's command line: shells and hosts export a HOST or PORT of their own.
 given = $(if $(findstring command,$(origin $1)),--$2 '$($1)')
-ADDRESS = $(call given,HOST,host) $(call given,PORT,port)
+ADDRESS = $(call given,HOST,host) $(call given,PORT,port) $(call given,WORKERS,workers)
 
 # Extensions are compiled with cc, or what CC says, and not with the very compiler that built this Python.
 export CC
@@ -27,10 +27,10 @@ endif
 help: ## say what there is to do
 	@sed -n 's/^\([a-z]*\):.* ## /\1 /p' Makefile | while read -r target what; do printf 'make %-7s %s\n' "$$target" "$$what"; done
 
-demo: runtime ## set up, and serve on port 8000 with a built-in upstream that needs no key (HOST=, PORT=)
+demo: runtime ## set up, and serve on port 8000 with a built-in upstream that needs no key (HOST=, PORT=, WORKERS=)
 	@exec $(BIN)/tokenguard demo $(ADDRESS)
 
-serve: runtime ## set up, and serve with the real provider and the settings in .env (HOST=, PORT=)
+serve: runtime ## set up, and serve with the real provider and the settings in .env (HOST=, PORT=, WORKERS=)
 	@exec $(BIN)/tokenguard serve $(ADDRESS)
 
 test: runtime $(DONE)/test ## set up with a real redis-server, and run all tests

@@ -48,10 +48,8 @@ _port = click.option(
 
 _workers = click.option(
     "--workers",
-    default=1,
-    show_default=True,
     type=click.IntRange(1, MAX_ROWS),
-    help="How many processes serve; they share every bucket and every budget.",
+    help="How many processes serve; they share every bucket and every budget. [default: TOKENGUARD_WORKERS, or 1]",
 )
 
 
@@ -59,7 +57,7 @@ _workers = click.option(
 @_host
 @_port
 @_workers
-def serve(host: str, port: int, workers: int) -> None:
+def serve(host: str, port: int, workers: int | None) -> None:
     """Guard the real provider.
 
     OPENAI_BASE_URL names it, and OPENAI_API_KEY is its key. Settings come from the environment and from .env;
@@ -73,7 +71,7 @@ def serve(host: str, port: int, workers: int) -> None:
 @_host
 @_port
 @_workers
-def demo(host: str, port: int, workers: int) -> None:
+def demo(host: str, port: int, workers: int | None) -> None:
     """Guard a built-in demo that needs no key."""
     _run(_config(), DemoUpstream(), host, port, workers)
 
@@ -82,7 +80,8 @@ def _config() -> Config:
     return read_config(environment())
 
 
-def _run(config: Config, upstream: Upstream, host: str, port: int, workers: int) -> None:
+def _run(config: Config, upstream: Upstream, host: str, port: int, workers: int | None) -> None:
+    workers = workers or config.workers
     logging.basicConfig(handlers=[logs.handler(as_json=config.log_json)], level=logging.INFO)
     for noisy in ("httpx", "httpcore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)  # they log URLs and headers

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from tokenguard import arithmetic
-from tokenguard._bucket import MAX_BUCKETS
+from tokenguard._bucket import MAX_BUCKETS, MAX_ROWS
 from tokenguard.backends.redis_url import RedisUrl, read_redis_url
 from tokenguard.errors import InvalidSetting, InvalidValue
 from tokenguard.model import SCOPE_KINDS, Scale
@@ -42,6 +42,7 @@ class Config:
         redis_timeout_s: How long a call may wait for Redis.
         redis_down: What decides while Redis is down: ``closed``, ``share`` or ``open``.
         nodes: How many nodes share a budget while Redis is down; given where ``redis_down`` is ``share``.
+        workers: How many processes ``tokenguard serve`` serves with.
         buckets: How many buckets the table holds.
         table: Where processes that were started apart share the table; None where none do.
         state: Where budgets and levels are kept for the next start; None to keep none.
@@ -63,6 +64,7 @@ class Config:
     realm: str
     redis_timeout_s: float
     redis_down: str
+    workers: int
     buckets: int
     max_body_bytes: int
     connect_timeout_s: float
@@ -217,6 +219,7 @@ SETTINGS: dict[str, Setting] = {
     "TOKENGUARD_REDIS_TIMEOUT_S": Setting(_seconds, "1"),
     "TOKENGUARD_REDIS_DOWN": Setting(_one_of("closed", "share", "open"), "closed"),
     "TOKENGUARD_NODES": Setting(_whole(1, 10_000)),
+    "TOKENGUARD_WORKERS": Setting(_whole(1, MAX_ROWS), "1"),
     "TOKENGUARD_BUCKETS": Setting(_whole(1, MAX_BUCKETS), "500000"),
     "TOKENGUARD_TABLE": Setting(_path),
     "TOKENGUARD_STATE": Setting(_path),
@@ -248,10 +251,15 @@ def read_config(environ: Mapping[str, str]) -> Config:
     given = [name for name in environ if environ[name].strip()]
     for name in _OF_REDIS:
         if name in given and values["REDIS_URL"] is None:
-            raise InvalidSetting(name, f"{name} is set, but REDIS_URL is not: without Redis nothing is shared")
+            raise InvalidSetting(name, f"{name} is set, but REDIS_URL is not, and without Redis it says nothing")
     if values["REDIS_URL"] is not None and values["TOKENGUARD_STATE"] is not None:
         raise InvalidSetting(
             "TOKENGUARD_STATE", "TOKENGUARD_STATE is set, and so is REDIS_URL: what is in Redis, Redis keeps"
+        )
+    if values["TOKENGUARD_STATE"] is not None and values["TOKENGUARD_STATE"] == values["TOKENGUARD_TABLE"]:
+        raise InvalidSetting(
+            "TOKENGUARD_STATE",
+            f"TOKENGUARD_STATE and TOKENGUARD_TABLE must be two files, got {values['TOKENGUARD_STATE']} for both",
         )
     if values["TOKENGUARD_REDIS_DOWN"] == "share" and values["TOKENGUARD_NODES"] is None:
         raise InvalidSetting(
@@ -272,6 +280,7 @@ def read_config(environ: Mapping[str, str]) -> Config:
         redis_timeout_s=values["TOKENGUARD_REDIS_TIMEOUT_S"],
         redis_down=values["TOKENGUARD_REDIS_DOWN"],
         nodes=values["TOKENGUARD_NODES"],
+        workers=values["TOKENGUARD_WORKERS"],
         buckets=values["TOKENGUARD_BUCKETS"],
         table=values["TOKENGUARD_TABLE"],
         state=values["TOKENGUARD_STATE"],

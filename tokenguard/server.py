@@ -44,8 +44,7 @@ def run(
         patience_s: How long running calls may take to end.
         lifeline: A file descriptor; once it can be read from, the server stops.
     """
-    # The app cuts a connection by not completing the answer, and says why itself.
-    logging.getLogger("uvicorn.error").addFilter(lambda record: "without completing response" not in record.msg)
+    logging.getLogger("uvicorn.error").addFilter(_worth_saying)
     settings = uvicorn.Config(
         app,
         loop="uvloop",
@@ -85,6 +84,15 @@ def listen(host: str, port: int, caller_timeout_s: float) -> socket.socket:
         # Who takes nothing is given up, but what was written keeps its connection open until this is over.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(caller_timeout_s * 1000))
     return listening
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Return whether what uvicorn says is news to an operator."""
+    if "without completing response" in record.msg:
+        return False  # the app cuts a connection by not completing the answer, and says why itself
+    if record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError):
+        return False  # somebody would not wait for the end
+    return not (record.msg.startswith("Cancel %s running task") and record.args == (0,))
 
 
 def tell(listening: socket.socket, guards: str) -> None:

@@ -127,7 +127,10 @@ class Supervisor:
         readable, _, _ = select.select([self._wake, *self._starting], [], [], timeout_s)
         for ready in readable:
             if ready == self._wake:
-                if not set(STOPPING).isdisjoint(os.read(ready, 4096)):
+                came = os.read(ready, 4096)
+                if self._stopping and signal.SIGINT in came:
+                    self._signal(signal.SIGINT)  # whoever asks again will not wait for running calls
+                if not set(STOPPING).isdisjoint(came):
                     self._stop()
             else:
                 self._heard_of(ready)

@@ -44,6 +44,7 @@ def test_empty_environment_gives_the_defaults():
         redis_timeout_s=1.0,
         redis_down="closed",
         nodes=None,
+        workers=1,
         buckets=500_000,
         max_body_bytes=20 * 2**20,
         connect_timeout_s=5.0,
@@ -87,7 +88,9 @@ def test_every_setting_is_read():
             "TOKENGUARD_REDIS_TIMEOUT_S": "0.25",
             "TOKENGUARD_REDIS_DOWN": "share",
             "TOKENGUARD_NODES": "3",
+            "TOKENGUARD_WORKERS": "4",
             "TOKENGUARD_BUCKETS": "10000000",
+            "TOKENGUARD_TABLE": "/dev/shm/table",
             "TOKENGUARD_MAX_BODY_BYTES": "1",
             "TOKENGUARD_CONNECT_TIMEOUT_S": "0.5",
             "TOKENGUARD_READ_TIMEOUT_S": "86400",
@@ -120,7 +123,9 @@ def test_every_setting_is_read():
         redis_timeout_s=0.25,
         redis_down="share",
         nodes=3,
+        workers=4,
         buckets=10_000_000,
+        table=Path("/dev/shm/table"),
         max_body_bytes=1,
         connect_timeout_s=0.5,
         read_timeout_s=86_400.0,
@@ -227,6 +232,10 @@ SECONDS = "seconds, from 0.001 to 86400"
         ("OPENAI_ORG_ID", "örg", "printable ASCII"),
         ("OPENAI_PROJECT_ID", "\x7f", "printable ASCII"),
         *[("TOKENGUARD_ADMIN_ALLOW", value, NETWORKS) for value in ("10.0.0.1/8", "all", "::/129", "::1,")],
+        ("TOKENGUARD_WORKERS", "0", "a whole number from 1 to 128"),
+        ("TOKENGUARD_WORKERS", "129", "a whole number from 1 to 128"),
+        ("TOKENGUARD_STATE", "folder/", "the path of a file"),
+        ("TOKENGUARD_TABLE", "a\nb", "the path of a file"),
         ("TOKENGUARD_BUCKETS", "0", "a whole number from 1 to 10000000"),
         ("TOKENGUARD_BUCKETS", "10000001", "a whole number from 1 to 10000000"),
         ("TOKENGUARD_BUCKETS", "-5", "a whole number from 1 to 10000000"),
@@ -394,3 +403,17 @@ def test_example_names_only_settings_that_there_are():
 
     assert set(uncommented) <= set(SETTINGS)
     assert read_config(uncommented) == read_config({})
+
+
+def test_state_and_table_are_two_files():
+    """One file for both could be neither."""
+    with pytest.raises(InvalidSetting, match="must be two files, got /x for both") as raised:
+        read_config({"TOKENGUARD_STATE": "/x", "TOKENGUARD_TABLE": "/x"})
+    assert raised.value.field == "TOKENGUARD_STATE"
+
+
+def test_state_is_redis_own_where_there_is_one():
+    """What is in Redis, Redis keeps: a file beside it would be a second truth."""
+    with pytest.raises(InvalidSetting, match="what is in Redis, Redis keeps"):
+        read_config({"TOKENGUARD_STATE": "/x", "REDIS_URL": "redis://localhost"})
+    assert read_config({"TOKENGUARD_STATE": "/x"}).state == Path("/x")
