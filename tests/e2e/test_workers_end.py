@@ -147,6 +147,22 @@ def test_streams_that_do_not_end_in_time_are_cut_and_settled(tmp_path, settings,
     assert level_after_a_restart(tmp_path, settings, user) == GRANT - WORKERS * (PROMPT + 1)
 
 
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_second_interrupt_waits_for_nobody(tmp_path, settings, go_on, user, send):
+    """Who presses Ctrl-C again has the server end at once: streams are cut, and settled for what came of them."""
+    with running_workers(tmp_path, WORKERS, **settings) as server:
+        streams = stream_of_each(server, user)
+        send(server.process.pid, signal.SIGINT)
+        until_they_stop(server)
+        send(server.process.pid, signal.SIGINT)
+        assert server.process.wait(20) == 0
+        for stream in streams:
+            with pytest.raises((openai.APIConnectionError, httpx.RemoteProtocolError)):
+                rest(stream)
+        assert server.log.count("\n") == WORKERS
+    assert level_after_a_restart(tmp_path, settings, user) == GRANT - WORKERS * (PROMPT + 1)
+
+
 def test_workers_end_without_their_supervisor(tmp_path, settings, go_on, user):
     """When it is killed they stop as if told to: streams end, are settled and saved; then another may start."""
     with running_workers(tmp_path, WORKERS, **settings) as server:
@@ -190,7 +206,7 @@ def state_of_another(folder):
 
 
 def no_folder(folder):
-    yield [], {"TOKENGUARD_STATE": folder / "nowhere" / "state"}, "No such file"
+    yield [], {"TOKENGUARD_STATE": folder / "nowhere" / "state"}, "there is no folder"
 
 
 def foreign_table(folder):
