@@ -221,16 +221,15 @@ class Supervisor:
             self._stop()
             return
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        _log.error("worker %d %s and is replaced", pid, how)
         now_s = time.monotonic()
         if now_s - self._mourned_s > _CALM_S:
             self._pause_s = FIRST_PAUSE_S
         self._mourned_s = now_s
+        pause_s = 0.0
         if lived_s < _YOUNG_S:
-            self._due_s.append(now_s + self._pause_s)
-            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-        else:
-            self._due_s.append(now_s)
+            pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
+        _log.error("worker %d %s and is replaced%s", pid, how, f" in {pause_s:g} s" if pause_s else "")
+        self._due_s.append(now_s + pause_s)
 
     def _replace(self) -> None:
         now_s = time.monotonic()

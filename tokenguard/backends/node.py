@@ -61,6 +61,8 @@ def _begin(
 ) -> BucketTable:
     """Return the table that others left behind, or a new one, in the state that was kept."""
     if file is None:
+        if left is not None:
+            _log.info("going on with the table that is there")
         return left or new(None)
     file.own()
     saved = file.read()
