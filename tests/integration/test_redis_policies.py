@@ -37,6 +37,24 @@ def test_share_serves_a_part_of_each_budget(redis):
         assert (decision.binding.limit, decision.binding.remaining) == (500, 0)
 
 
+def test_workers_of_one_node_have_one_share(redis, tmp_path):
+    """Those that share a table go by the node's part together, whichever of them is asked."""
+    table = {"TOKENGUARD_TABLE": tmp_path / "table", "defaults": {"user": grant(1000)}}
+    with share(redis.url, **table) as one, share(redis.url, **table) as other:
+        for worker in (one, other):
+            worker.taken(1)
+        redis.kill()
+        for worker in (one, other):
+            worker.goes_down()
+
+        for worker in (one, other, one, other):
+            worker.taken(125)
+
+        for worker in (one, other):
+            with pytest.raises(BackendDown, match="share is used up"):
+                worker.reserve(1)
+
+
 def test_share_refills_at_its_part_of_the_rate(redis):
     """A bucket of a node refills at half the rate if there are two."""
     with share(redis.url, defaults={"user": grant(1000, 10)}) as node:
