@@ -59,7 +59,7 @@ class MemoryBackend:
         stats = self.table.stats()
         kept = f", state in {self._file.path}" if self._file else ""
         shared = f", shared in {self._shared}" if self._shared else ""
-        return f"memory ({stats['buckets']} buckets, {stats['region_bytes'] // 2**20} MiB{shared}{kept})"
+        return f"memory ({stats['buckets']} buckets, {stats['region_bytes'] / 2**20:.0f} MiB{shared}{kept})"
 
     def stats(self) -> dict[str, int]:
         """Return the table's counters."""
