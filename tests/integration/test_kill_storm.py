@@ -119,11 +119,11 @@ def test_storm_of_kills_leaves_every_scope_charged_alike(seed, tmp_path):
         with Storm(fd, seed) as storm:
             storm.rage(SECONDS)
 
+        table.expire_handles()  # what the last of them had begun is undone by whoever takes the lock
         outcome = table.peek(table.prepare(GRANTS))
 
         (charged,) = {CAPACITY - outcome.level(i) for i in range(len(GRANTS))}
         recorded = sum(storm.granted)
         assert recorded > storm.kills > PROCESSES
         assert recorded <= charged <= recorded + MOST * storm.kills
-        table.expire_handles()
         assert Region(mmap.mmap(fd, region_bytes(BUCKETS))).faults() == []
