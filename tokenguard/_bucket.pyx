@@ -505,32 +505,23 @@ cdef class BucketTable:
 
     def dump(self, uint64_t start, uint64_t slots, now_us=None):
         cdef uint64_t end = min(start + slots, tg_load(&self.table.header.fresh))
-        cdef uint64_t slot
         cdef int64_t now = self.read_time(now_us)
-        cdef Slot s
         cdef Slot *into
         cdef Py_ssize_t held = 0
-        cdef int tries
         if start >= end:
             return b""
         records = PyBytes_FromStringAndSize(NULL, (end - start) * sizeof(Slot))
         into = <Slot *>PyBytes_AS_STRING(records)
         if now < 0:
             now = tg_now_us()
-        for slot in range(start, end):
+        while True:
             with nogil:
-                tries = 0
-                while tries < PEEKS and not look(&self.table, slot, &s):
-                    tries += 1
-            if tries == PEEKS:
-                self.lock()
-                s = self.table.slots[slot]
-                self.unlock()
-            into[held] = s
-            if s.pace and not like_new(&s, now):
-                into[held].seq = 0
-                held += 1
-        return records[:held * sizeof(Slot)]
+                start = collect(&self.table, start, end, into, &held, now)
+            if start == end:
+                return records[:held * sizeof(Slot)]
+            self.lock()           # somebody writes it all the time, or died while writing
+            start = collect(&self.table, start, start + 1, into, &held, now)
+            self.unlock()
 
     def load(self, bytes records not None, now_us=None):
         cdef Py_ssize_t n = len(records) // sizeof(Slot)

@@ -491,6 +491,26 @@ cdef int spot(Table *t, const Slot *want, Slot *s) noexcept nogil:
     return 0 if tg_load(&t.header.shape) == shape else -1
 
 
+cdef uint64_t collect(Table *t, uint64_t slot, uint64_t end, Slot *into, Py_ssize_t *held,
+                      int64_t now_us) noexcept nogil:
+    """Copy the buckets in some slots that are not full; return the first that never held still, or ``end``."""
+    cdef int tries = 0
+    cdef Slot s
+    while slot < end:
+        if not look(t, slot, &s):
+            tries += 1
+            if tries == PEEKS:
+                return slot
+            continue
+        into[held[0]] = s
+        into[held[0]].seq = 0
+        if s.pace and not like_new(&s, now_us):
+            held[0] += 1
+        slot += 1
+        tries = 0
+    return end
+
+
 # --- the operations, each under the lock --------------------------------------------------------------------
 
 cdef Status take(Table *t, Entry *entries, const int64_t *costs, int n, uint64_t epoch, Bucket *seen,
