@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,7 +18,8 @@ STATES = (b"calls_in_flight", b"reservations_open", b"redis_lanes_down", b"redis
 """The tallies that tell how things are with a process now, and end with it."""
 
 _PROC = Path("/proc")
-_LISTENS = "0A"
+_LISTENING = {"tcp": ("0A", 9), "tcp6": ("0A", 9), "unix": ("00010000", 6)}
+"""For each kind of socket, how the kernel says that it listens, and which field of its line is the inode."""
 
 _joined: weakref.WeakSet[BucketTable] = weakref.WeakSet()
 
@@ -83,10 +84,10 @@ def unshared(table: BucketTable) -> list[int]:
     ``/proc``, nobody is found.
     """
     with suppress(OSError):
-        mine = _listening(os.getpid())
-        sharing = {pid for pid, _ in table.rows()}
-        siblings = (pid for pid in _children_of(os.getppid()) if pid != os.getpid() and pid not in sharing)
-        return [pid for pid in siblings if _guards(pid) and mine & _listening(pid)]
+        mine = _sockets(os.getpid()) & set(_listeners())
+        sharing = {os.getpid(), *(pid for pid, _ in table.rows())}
+        siblings = (pid for pid in _children_of(os.getppid()) if pid not in sharing)
+        return [pid for pid in siblings if mine and _guards(pid) and mine & _sockets(pid)]
     return []
 
 
@@ -104,7 +105,7 @@ def _lives(pid: int, began: int) -> bool:
 def _began(pid: int) -> int | None:
     """Return when a process began, in the kernel's ticks; 0 where that cannot be told; None if it is no more."""
     try:
-        fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        fields = _stat(pid)
     except OSError:
         return None if (_PROC / "self").exists() or not _answers(pid) else 0
     return None if fields[0] in "ZX" else int(fields[19])
@@ -120,40 +121,38 @@ def _answers(pid: int) -> bool:
     return True
 
 
+def _stat(pid: int) -> list[str]:
+    """Return what the kernel tells of a process: its state, its parent, and so on."""
+    return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+
+
 def _children_of(parent: int) -> Iterator[int]:
     for folder in _PROC.iterdir():
         if folder.name.isdigit():
             with suppress(OSError):  # it may have ended meanwhile
-                if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                if int(_stat(int(folder.name))[1]) == parent:
                     yield int(folder.name)
 
 
-def _listening(pid: int) -> set[str]:
-    """Return the sockets that a process listens to, by inode."""
+def _sockets(pid: int) -> set[str]:
+    """Return the sockets that a process has open, by inode."""
     found = set()
     for link in (_PROC / str(pid) / "fd").iterdir():
         with suppress(OSError):
             target = str(link.readlink())
             if target.startswith("socket:["):
                 found.add(target[8:-1])
-    return found & set(_listeners(("tcp", "tcp6"))) | found & set(_unix_listeners())
+    return found
 
 
-def _listeners(kinds: Iterable[str]) -> Iterator[str]:
-    for kind in kinds:
+def _listeners() -> Iterator[str]:
+    """Yield the sockets that connections come in by, likewise."""
+    for kind, (listens, inode) in _LISTENING.items():
         with suppress(OSError):
             for line in (_PROC / "net" / kind).read_text().splitlines()[1:]:
                 fields = line.split()
-                if fields[3] == _LISTENS:
-                    yield fields[9]
-
-
-def _unix_listeners() -> Iterator[str]:
-    with suppress(OSError):
-        for line in (_PROC / "net" / "unix").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "00010000":  # it accepts connections
-                yield fields[6]
+                if fields[3] == listens:
+                    yield fields[inode]
 
 
 def _after_fork() -> None:
