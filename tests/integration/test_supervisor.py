@@ -78,14 +78,25 @@ def _kill(group):
         os.kill(pid, signal.SIGKILL)
 
 
+def begun(crew):
+    """Return the workers, once all of them serve."""
+    workers = crew.workers()
+    assert crew.heard() == ["ready"]
+    return workers
+
+
+def kill_first(crew, workers):
+    """Kill one; another must be there in its place, beside the rest."""
+    os.kill(workers[0], signal.SIGKILL)
+    (replaced,) = crew.workers(1)
+    assert children_of(crew.pid) == sorted([*workers[1:], replaced])
+
+
 def test_ready_is_said_once_and_when_all_serve(supervise):
     """Not before the last of them serves, and not again when one is replaced."""
     with supervise("serve") as crew:
-        workers = crew.workers()
-        assert crew.heard() == ["ready"]
-        os.kill(workers[0], signal.SIGKILL)
-        (replaced,) = crew.workers(1)
-        assert children_of(crew.pid) == sorted([*workers[1:], replaced])
+        workers = begun(crew)
+        kill_first(crew, workers)
         os.kill(crew.pid, signal.SIGTERM)
         assert crew.rest() == ["run True"]
         assert crew.ended() == 0
@@ -95,8 +106,7 @@ def test_ready_is_said_once_and_when_all_serve(supervise):
 def test_worker_that_ends_of_itself_is_replaced(supervise):
     """An operator may have one end in peace, and gets a new one."""
     with supervise("serve") as crew:
-        workers = crew.workers()
-        assert crew.heard() == ["ready"]
+        workers = begun(crew)
         os.kill(workers[1], signal.SIGTERM)
         crew.workers(1)
         assert f"worker {workers[1]} ended with code 0 and is replaced" in crew.errors
@@ -105,8 +115,7 @@ def test_worker_that_ends_of_itself_is_replaced(supervise):
 def test_several_that_die_at_once_are_all_replaced(supervise):
     """Signals of their deaths may melt into one while the supervisor looks elsewhere."""
     with supervise("serve") as crew:
-        workers = crew.workers()
-        assert crew.heard() == ["ready"]
+        workers = begun(crew)
         with stopped([crew.pid]):
             for worker in workers:
                 os.kill(worker, signal.SIGKILL)
@@ -171,8 +180,7 @@ def test_those_who_take_no_hint_are_killed(supervise):
 def test_workers_end_when_their_supervisor_is_killed(supervise):
     """They notice by the lifeline."""
     with supervise("serve") as crew:
-        workers = crew.workers()
-        assert crew.heard() == ["ready"]
+        workers = begun(crew)
         os.kill(crew.pid, signal.SIGKILL)
         until_gone(workers)
         assert crew.rest() == ["ended"] * WORKERS
@@ -181,30 +189,22 @@ def test_workers_end_when_their_supervisor_is_killed(supervise):
 def test_end_of_the_terminal_is_ignored_under_nohup(supervise):
     """What was ignored when it began is ignored by it, and by its workers."""
     with supervise("shrug") as crew:
-        workers = crew.workers()
-        assert crew.heard() == ["ready"]
+        workers = begun(crew)
         os.killpg(crew.pid, signal.SIGHUP)
-        os.kill(workers[0], signal.SIGKILL)
-        (replaced,) = crew.workers(1)
-        assert children_of(crew.pid) == sorted([*workers[1:], replaced])
+        kill_first(crew, workers)
 
 
 @pytest.mark.parametrize("errors", ["/dev/full", None])
 def test_log_that_cannot_be_written_ends_nothing(supervise, errors):
     """A full disk, or no standard error at all, keeps no worker from being replaced."""
     with supervise("serve", errors) as crew:
-        workers = crew.workers()
-        assert crew.heard() == ["ready"]
-        os.kill(workers[0], signal.SIGKILL)
-        (replaced,) = crew.workers(1)
-        assert children_of(crew.pid) == sorted([*workers[1:], replaced])
+        kill_first(crew, begun(crew))
 
 
 def test_fork_that_fails_is_tried_again(supervise):
     """Want of memory kills a worker, and may keep the next from being forked off; the others go on."""
     with supervise("come_late") as crew:
-        workers = crew.workers()
-        assert crew.heard() == ["ready"]
+        workers = begun(crew)
         os.kill(workers[0], signal.SIGKILL)
         crew.workers(1)
         until(lambda: len(children_of(crew.pid)) == WORKERS, "it is not replaced")
