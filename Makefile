@@ -56,19 +56,22 @@ build: runtime $(DONE)/test ## an sdist and a wheel in dist/, and whether they h
 	DIST=dist $(BIN)/python -m pytest tests/integration/test_packaging.py
 
 clean: ## remove all that make has made, .venv/ too
-	rm -rf $(VENV) build dist *.egg-info tokenguard/_bucket.c tokenguard/_bucket.*.so
+	rm -rf $(VENV) build dist *.egg-info
 	rm -rf .benchmarks .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache benchmarks/results.json
+	find tokenguard -name '*.c' -delete -o -name '*.so' -delete
 	find tokenguard tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-# The package is installed as editable, so that only the compiled core has to be built again after an edit.
-runtime: $(DONE)/runtime
-	@[ -n "$$(find tokenguard -name '_bucket.*.so' -newer tokenguard/_bucket.pyx -newer tokenguard/_table.pxi \
-	    -newer tokenguard/_region.h)" ] || { \
-	    echo "Compiling the core"; $(BIN)/python setup.py --quiet build_ext --inplace; }
+# The package is installed as editable, so that only what is compiled has to be built again after an edit.
+runtime: $(DONE)/runtime $(DONE)/compiled
+	@:
+
+$(DONE)/compiled: $(shell find tokenguard -name '*.py' -o -name '*.p[yx][xdi]' -o -name '*.h') $(DONE)/runtime
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
 
 $(DONE)/runtime: pyproject.toml setup.py $(DONE)/venv
 	@echo "Setting up TokenGuard and compiling its core"
-	@rm -f tokenguard/_bucket.c
+	@find tokenguard -name '*.c' -delete
 	@$(INSTALL) --group build
 	@$(INSTALL) --editable .
 	@touch $@

@@ -1,17 +1,20 @@
-"""Builds the compiled core, ``tokenguard._bucket``; everything else is in pyproject.toml."""
+"""Builds the compiled modules; everything else is in pyproject.toml."""
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+
+COMPILED = {
+    "tokenguard/_bucket.pyx": ["tokenguard/_table.pxi", "tokenguard/_region.h"],
+}
+"""What is compiled, and what else each is made of."""
 
 setup(
     ext_modules=cythonize(
         [
             Extension(
-                "tokenguard._bucket",
-                ["tokenguard/_bucket.pyx"],
-                depends=["tokenguard/_table.pxi", "tokenguard/_region.h"],
-                extra_compile_args=["-O3"],
+                source.rpartition(".")[0].replace("/", "."), [source], depends=parts, extra_compile_args=["-O3"]
             )
+            for source, parts in COMPILED.items()
         ],
         language_level=3,
     )
