@@ -5,6 +5,8 @@ from setuptools import Extension, setup
 
 COMPILED = {
     "tokenguard/_bucket.pyx": ["tokenguard/_table.pxi", "tokenguard/_region.h"],
+    "tokenguard/upstream/_http.pyx": [],
+    "tokenguard/upstream/_pool.pyx": [],
 }
 """What is compiled, and what else each is made of."""
 

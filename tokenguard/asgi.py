@@ -11,8 +11,8 @@ from tokenguard.api.proxy import ChatCompletions, GuardedApp, GuardedRequest, Mo
 from tokenguard.api.wire import over_asgi
 from tokenguard.backends import Backend
 from tokenguard.config import Config
-from tokenguard.upstream import HttpxUpstream, Upstream
-from tokenguard.wiring import House, provider
+from tokenguard.upstream import Upstream
+from tokenguard.wiring import House, upstream_of
 
 
 def create_app(
@@ -29,7 +29,7 @@ def create_app(
         InvalidSetting: The environment cannot be used, or there is no key for the provider.
     """
     house = House(config, backend)
-    upstream = upstream or HttpxUpstream(provider(house.config))
+    upstream = upstream or upstream_of(house.config)
     app: falcon.asgi.App[Any, Any] = falcon.asgi.App(request_type=GuardedRequest)
     house.furnish(app, over_asgi, ChatCompletions(house.guard, upstream), Models(upstream, house.terms))
     app.add_middleware(Lifespan(upstream, house.backend))

@@ -16,8 +16,8 @@ from tokenguard.demo import DemoUpstream
 from tokenguard.errors import TokenGuardError
 from tokenguard.server import listen, run, tell
 from tokenguard.supervisor import Supervisor, Worker
-from tokenguard.upstream import HttpxUpstream, Upstream
-from tokenguard.wiring import buckets, environment, node_of, provider
+from tokenguard.upstream import Upstream
+from tokenguard.wiring import buckets, environment, node_of, upstream_of
 
 
 class Cli(click.Group):
@@ -64,7 +64,7 @@ def serve(host: str, port: int, workers: int | None) -> None:
     docs/settings.md describes them all.
     """
     config = _config()
-    _run(config, HttpxUpstream(provider(config)), host, port, workers)
+    _run(config, upstream_of(config), host, port, workers)
 
 
 @main.command()

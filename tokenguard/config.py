@@ -49,6 +49,7 @@ class Config:
         max_body_bytes: The longest body that is read.
         connect_timeout_s: For a connection to the provider.
         read_timeout_s: For the provider to begin its answer, and between two pieces of it.
+        total_timeout_s: For the whole of its answer.
         max_connections: To the provider, at most.
         queue_timeout_s: How long a call may wait for one of them to become free.
         caller_timeout_s: For a caller to send the next piece of a body, or to take the next piece of an answer.
@@ -56,6 +57,7 @@ class Config:
         ask_for_usage: Whether to ask for a stream's usage where the caller did not.
         log_calls: Whether to log one line for each call.
         log_json: Whether log lines are JSON objects rather than text.
+        fast_lane: Whether ``tokenguard serve`` answers chat completions without going through Falcon.
     """
 
     openai_base_url: str
@@ -69,6 +71,7 @@ class Config:
     max_body_bytes: int
     connect_timeout_s: float
     read_timeout_s: float
+    total_timeout_s: float
     max_connections: int
     queue_timeout_s: float
     caller_timeout_s: float
@@ -76,6 +79,7 @@ class Config:
     ask_for_usage: bool
     log_calls: bool
     log_json: bool
+    fast_lane: bool
     openai_api_key: str | None = field(default=None, repr=False)
     openai_organization: str | None = None
     openai_project: str | None = None
@@ -226,6 +230,7 @@ SETTINGS: dict[str, Setting] = {
     "TOKENGUARD_MAX_BODY_BYTES": Setting(_whole(1, 2**30), str(20 * 2**20)),
     "TOKENGUARD_CONNECT_TIMEOUT_S": Setting(_seconds, "5"),
     "TOKENGUARD_READ_TIMEOUT_S": Setting(_seconds, "600"),
+    "TOKENGUARD_TOTAL_TIMEOUT_S": Setting(_seconds, "3600"),
     "TOKENGUARD_MAX_CONNECTIONS": Setting(_whole(1, 65_535), "256"),
     "TOKENGUARD_QUEUE_TIMEOUT_S": Setting(_seconds, "5"),
     "TOKENGUARD_CALLER_TIMEOUT_S": Setting(_seconds, "60"),
@@ -233,6 +238,7 @@ SETTINGS: dict[str, Setting] = {
     "TOKENGUARD_ASK_FOR_USAGE": Setting(_switch, "on"),
     "TOKENGUARD_LOG_CALLS": Setting(_switch, "off"),
     "TOKENGUARD_LOG_FORMAT": Setting(_one_of("text", "json"), "text"),
+    "TOKENGUARD_FASTLANE": Setting(_switch, "on"),
 }
 """Every setting. An empty value is as good as none."""
 
@@ -287,6 +293,7 @@ def read_config(environ: Mapping[str, str]) -> Config:
         max_body_bytes=values["TOKENGUARD_MAX_BODY_BYTES"],
         connect_timeout_s=values["TOKENGUARD_CONNECT_TIMEOUT_S"],
         read_timeout_s=values["TOKENGUARD_READ_TIMEOUT_S"],
+        total_timeout_s=values["TOKENGUARD_TOTAL_TIMEOUT_S"],
         max_connections=values["TOKENGUARD_MAX_CONNECTIONS"],
         queue_timeout_s=values["TOKENGUARD_QUEUE_TIMEOUT_S"],
         caller_timeout_s=values["TOKENGUARD_CALLER_TIMEOUT_S"],
@@ -294,6 +301,7 @@ def read_config(environ: Mapping[str, str]) -> Config:
         ask_for_usage=values["TOKENGUARD_ASK_FOR_USAGE"],
         log_calls=values["TOKENGUARD_LOG_CALLS"],
         log_json=values["TOKENGUARD_LOG_FORMAT"] == "json",
+        fast_lane=values["TOKENGUARD_FASTLANE"],
     )
 
 

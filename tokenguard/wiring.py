@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.request import getproxies_environment, proxy_bypass_environment
 
 import falcon
 from dotenv import dotenv_values
@@ -31,7 +32,8 @@ from tokenguard.limiter import Limiter
 from tokenguard.metrics import Metrics
 from tokenguard.model import Headers
 from tokenguard.plan import Plans
-from tokenguard.upstream import Hop
+from tokenguard.upstream import Hop, Upstream
+from tokenguard.upstream._pool import PooledUpstream
 
 
 def environment() -> Mapping[str, str]:
@@ -96,9 +98,32 @@ def provider(config: Config) -> Hop:
         config.openai_base_url,
         connect_timeout_s=config.connect_timeout_s,
         read_timeout_s=config.read_timeout_s,
+        total_timeout_s=config.total_timeout_s,
         max_connections=config.max_connections,
         queue_timeout_s=config.queue_timeout_s,
+        ca_file=os.environ.get("SSL_CERT_FILE"),
+        ca_dir=os.environ.get("SSL_CERT_DIR"),
     )
+
+
+def upstream_of(config: Config) -> Upstream:
+    """Return the way to the provider: our own, or httpx's where a proxy of HTTP stands in the way.
+
+    Raises:
+        InvalidSetting: There is no key for the provider.
+    """
+    hop = provider(config)
+    if _is_proxied(hop):
+        from tokenguard.upstream.httpx_hop import HttpxUpstream  # whoever goes straight there need not load it
+
+        return HttpxUpstream(hop)
+    return PooledUpstream(hop)
+
+
+def _is_proxied(hop: Hop) -> bool:
+    """Return whether the environment leads to the provider through a proxy, by the rules that curl knows too."""
+    proxies = getproxies_environment()
+    return not {hop.url.scheme, "all"}.isdisjoint(proxies) and not proxy_bypass_environment(hop.authority, proxies)
 
 
 class House:

@@ -11,7 +11,8 @@ from tokenguard.api.wire import over_wsgi
 from tokenguard.api.wsgi_proxy import GuardedWsgi, WsgiChatCompletions, WsgiModels
 from tokenguard.backends import Backend
 from tokenguard.config import Config
-from tokenguard.upstream import SyncHttpxUpstream, SyncUpstream
+from tokenguard.upstream import SyncUpstream
+from tokenguard.upstream.httpx_hop import SyncHttpxUpstream
 from tokenguard.wiring import House, provider
 
 

@@ -146,7 +146,7 @@ def test_provider_that_is_not_there_costs_nothing(tmp_path, user):
         assert raised.value.code == "upstream_unreachable"
         assert server.level("user", user) == 1000
         assert httpx.get(f"{server.url}/v1/models").status_code == 502
-        assert server.log.count("the provider could not be reached (ConnectError: ") == 2
+        assert server.log.count("the provider could not be reached (ConnectionRefusedError: ") == 2
         assert OUR_KEY not in server.log
 
 

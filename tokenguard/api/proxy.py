@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-import anyio
 from falcon.asgi import Request, Response
 
 from tokenguard import refusal
@@ -86,7 +85,7 @@ class AsgiCall(Call):
         self._response: UpstreamResponse | None = None
         self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
-        self._waiting: anyio.CancelScope | None = None
+        self._waits = False
         self._caller_gone = False
         self._settling: asyncio.Future[int] | None = None
         self._patience: asyncio.TimerHandle | None = None
@@ -107,8 +106,8 @@ class AsgiCall(Call):
             while (await receive())["type"] != "http.disconnect":
                 pass
             self._caller_gone = True
-            if self._waiting is not None:
-                self._waiting.cancel()
+            if self._waits and self._task is not None:
+                self._task.cancel()
 
         self._watcher = asyncio.create_task(wait())
 
@@ -200,17 +199,19 @@ class AsgiCall(Call):
         self._patience = asyncio.get_running_loop().call_later(timeout_s, give_up)
 
     async def _while_caller_waits(self, answer: Awaitable[T]) -> T:
-        """Wait for the provider; ``watch`` cancels the wait, and nothing but the wait, when the caller leaves.
-
-        NOTE: by a scope of anyio's and not by cancelling the task: httpx shields from the one, and not from the
-        other, what gives a connection back; half given back, it would be lost.
-        """
+        """Wait for the provider; ``watch`` cancels the wait, and nothing but the wait, when the caller leaves."""
         if self._caller_gone:
             answer.close()  # type: ignore[attr-defined]  # a coroutine that is not to run
             raise CallerGone
-        with anyio.CancelScope() as self._waiting:
+        self._waits = True
+        try:
             return await answer
-        raise CallerGone
+        except asyncio.CancelledError:
+            if self._caller_gone and self._task is not None and not self._task.uncancel():
+                raise CallerGone from None
+            raise
+        finally:
+            self._waits = False
 
 
 class Models:

@@ -1,0 +1,59 @@
+from tokenguard.upstream._http cimport AnswerReader
+
+
+cdef class Receiver:
+    cdef Connection connection
+    cdef bytes message
+    cdef bint repeatable
+    cdef bint left
+    cdef object patience
+    cdef int answered(self, int status, list headers, bytes piece, bint done) except -1
+    cdef int came(self, bytes piece, bint done) except -1
+    cdef int failed(self, object error) except -1
+    cdef void pause(self)
+    cdef void resume(self)
+
+
+cdef class Connection:
+    cdef Pool pool
+    cdef AnswerReader reader
+    cdef Receiver receiver
+    cdef object transport
+    cdef int fd
+    cdef bint reused
+    cdef bint heard
+    cdef bint told
+    cdef bint paused
+    cdef double deadline
+    cdef double end
+    cdef double idle_since
+    cdef int carry(self, Receiver receiver, bint reused) except -1
+    cdef bint healthy(self)
+    cdef int finish(self, bint told, bytes piece) except -1
+    cdef int fail(self, object error) except -1
+    cdef void drop(self)
+
+
+cdef class Pool:
+    cdef readonly object hop
+    cdef object loop
+    cdef object tls
+    cdef object sweeper
+    cdef double tick_s
+    cdef double read_timeout_s
+    cdef double total_timeout_s
+    cdef bytes host
+    cdef dict firsts
+    cdef list idle
+    cdef set connections
+    cdef set connecting
+    cdef object waiting
+    cdef int open
+    cdef int most
+    cdef bytes write(self, str method, str path, list headers, bytes body)
+    cdef int send(self, Receiver receiver) except -1
+    cdef int connect(self, Receiver receiver) except -1
+    cdef int free(self, Connection connection) except -1
+    cdef void forget(self, Connection connection)
+    cdef void leave(self, Receiver receiver)
+    cdef double now(self)

@@ -1,0 +1,486 @@
+# cython: freethreading_compatible=True, auto_pickle=False, autotestdict=False
+"""The hop to the provider: a pool of connections that are kept, over HTTP/1.1. The stub, _pool.pyi, is its manual.
+
+A connection carries one request at a time, and what becomes of it is told to a receiver, at once and without a
+task. The newest idle connection is taken first, so that the others grow old and are closed.
+
+A request is sent a second time only if it was sent over a connection that had been used before, that connection
+ended before a single byte of an answer had come, and the request may be repeated: GET, HEAD, or whatever the caller
+gave an ``idempotency-key``. docs/decisions/009-fast-lane.md says why.
+"""
+
+import asyncio
+import ssl
+from collections import deque
+
+from libc.errno cimport EAGAIN, errno
+from libc.math cimport INFINITY
+
+from tokenguard.upstream._http cimport AnswerReader, write_message
+
+from tokenguard.errors import UpstreamError, UpstreamTimeout
+from tokenguard.upstream import KEEPALIVE_S, unusable, usable
+
+cdef extern from "sys/socket.h" nogil:
+    enum:
+        MSG_PEEK
+        MSG_DONTWAIT
+    Py_ssize_t recv(int, void *, size_t, int)
+
+LOOK_AFTER_S = 1.0
+MAX_HELD_BYTES = 65_536
+
+cdef double KEPT_S = KEEPALIVE_S
+cdef double TRUSTED_S = LOOK_AFTER_S
+cdef Py_ssize_t HELD_BYTES = MAX_HELD_BYTES
+cdef object READ_LATE = "the provider did not answer in time"
+cdef object TOTAL_LATE = "the provider did not end its answer in time"
+
+
+cdef class Receiver:
+    cdef int answered(self, int status, list headers, bytes piece, bint done) except -1:
+        raise NotImplementedError
+
+    cdef int came(self, bytes piece, bint done) except -1:
+        raise NotImplementedError
+
+    cdef int failed(self, object error) except -1:
+        raise NotImplementedError
+
+    cdef void pause(self):
+        """Let nothing more come until ``resume``: whoever is to have it does not take it."""
+        if self.connection is not None and not self.connection.paused:
+            self.connection.paused = True
+            self.connection.transport.pause_reading()
+
+    cdef void resume(self):
+        if self.connection is not None and self.connection.paused:
+            self.connection.paused = False
+            self.connection.deadline = self.connection.pool.now() + self.connection.pool.read_timeout_s
+            self.connection.transport.resume_reading()
+
+
+cdef class Connection:
+    """One connection, as asyncio's protocol."""
+
+    def __cinit__(self, Pool pool not None):
+        self.pool = pool
+        self.reader = AnswerReader()
+        self.fd = -1
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.fd = transport.get_extra_info("socket").fileno()
+
+    cdef int carry(self, Receiver receiver, bint reused) except -1:
+        """Send a request."""
+        cdef double now = self.pool.now()
+        self.receiver = receiver
+        receiver.connection = self
+        self.reused = reused
+        self.heard = self.told = False
+        self.deadline = now + self.pool.read_timeout_s
+        self.end = now + self.pool.total_timeout_s
+        self.transport.write(receiver.message)
+        return 0
+
+    cdef bint healthy(self):
+        """Return whether it can carry a request: nobody has closed it, or said something that nobody asked for."""
+        cdef char byte
+        cdef Py_ssize_t size
+        if self.transport.is_closing():
+            return False
+        if self.pool.now() - self.idle_since < TRUSTED_S:
+            return True  # PERF: the loop would have been told by now
+        size = recv(self.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
+        if size < 0:
+            return errno == EAGAIN
+        return size > 0 and self.pool.tls is not None  # there it may be a matter of TLS
+
+    def data_received(self, bytes data):
+        cdef Receiver receiver = self.receiver
+        cdef bint told = self.told
+        cdef bytes piece
+        if receiver is None:
+            self.drop()  # nobody asked
+            return
+        self.heard = True
+        self.deadline = self.pool.now() + self.pool.read_timeout_s
+        try:
+            piece = self.reader.feed(data)
+        except UpstreamError as error:
+            if self.reader.headed and not told and usable(self.reader.status):
+                receiver.answered(self.reader.status, self.reader.headers, b"", False)
+            self.fail(error)
+            return
+        if not self.reader.headed:
+            return
+        if not told and not usable(self.reader.status):
+            self.fail(unusable(self.reader.status))
+            return
+        if self.reader.done:
+            self.finish(told, piece)
+        elif told:
+            if piece:
+                receiver.came(piece, False)
+        else:
+            self.told = True
+            receiver.answered(self.reader.status, self.reader.headers, piece, False)
+
+    cdef int finish(self, bint told, bytes piece) except -1:
+        """The answer is whole: be free for the next request, then tell."""
+        cdef Receiver receiver = self.receiver
+        cdef int status = self.reader.status
+        cdef list headers = self.reader.headers
+        self.receiver = receiver.connection = None
+        self.pool.free(self)
+        if told:
+            receiver.came(piece, True)
+        else:
+            receiver.answered(status, headers, piece, True)
+        return 0
+
+    cdef int fail(self, object error) except -1:
+        """There is no answer, or no end of it."""
+        cdef Receiver receiver = self.receiver
+        if receiver is not None:
+            self.receiver = receiver.connection = None
+            self.drop()
+            receiver.failed(error)
+        return 0
+
+    cdef void drop(self):
+        """Close, and be nobody's any more; what was to be sent yet is not."""
+        self.receiver = None
+        self.transport.abort()
+
+    def eof_received(self):
+        if self.receiver is not None and self.reader.headed and self.reader.end():
+            self.finish(self.told, b"")
+
+    def connection_lost(self, error):
+        cdef Receiver receiver = self.receiver
+        cdef bint again = receiver is not None and receiver.repeatable and self.reused and not self.heard
+        if again:
+            receiver.repeatable = False
+            self.pool.connect(receiver)  # first: the room that this one leaves is not for whoever waits
+        self.pool.forget(self)
+        if receiver is None:
+            return
+        self.receiver = receiver.connection = None
+        if not again:
+            what = "closed the connection" if error is None else reason_of(error)
+            receiver.failed(UpstreamError(f"the provider's answer broke off ({what})", sent=True))
+
+    def pause_writing(self):
+        pass
+
+    def resume_writing(self):
+        pass
+
+
+cdef class Pool:
+    def __cinit__(self, hop):
+        self.hop = hop
+        self.read_timeout_s, self.total_timeout_s = hop.read_timeout_s, hop.total_timeout_s
+        self.tick_s = min(1.0, self.read_timeout_s / 8, self.total_timeout_s / 8)
+        self.host = hop.authority.encode()
+        self.firsts = {}
+        self.idle = []
+        self.connections, self.connecting = set(), set()
+        self.waiting = deque()
+        self.most = hop.max_connections
+
+    cdef double now(self):
+        return self.loop.time()
+
+    cdef bytes write(self, str method, str path, list headers, bytes body):
+        """Return a request as it travels."""
+        cdef bytes first = self.firsts.get((method, path))
+        if first is None:
+            first = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), self.hop.target(path).encode(), self.host)
+            if len(self.firsts) < 64:
+                self.firsts[method, path] = first
+        return write_message(first, headers, body, method != "GET" and method != "HEAD")
+
+    cdef int send(self, Receiver receiver) except -1:
+        """Send a request as soon as there is a connection for it; its receiver is told what comes of that."""
+        cdef Connection connection
+        if self.loop is None:
+            self.loop = asyncio.get_running_loop()
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.healthy():
+                connection.carry(receiver, True)
+                return 0
+            connection.drop()
+        if self.open + len(self.connecting) < self.most:
+            self.connect(receiver)
+        elif len(self.waiting) >= self.most:
+            receiver.failed(self.hop.busy())
+        else:
+            receiver.patience = self.loop.call_later(self.hop.queue_timeout_s, self.give_up, receiver)
+            self.waiting.append(receiver)
+        return 0
+
+    def give_up(self, Receiver receiver not None):
+        """It has waited long enough for a connection."""
+        self.waiting.remove(receiver)
+        receiver.patience = None
+        receiver.failed(self.hop.busy())
+
+    cdef int connect(self, Receiver receiver) except -1:
+        """Open a connection for a request."""
+        task = self.loop.create_task(self.connect_for(receiver))
+        self.connecting.add(task)
+        task.add_done_callback(self.connecting.discard)
+        if self.sweeper is None:
+            self.sweeper = self.loop.call_later(self.tick_s, self.sweep)
+        return 0
+
+    async def connect_for(self, Receiver receiver not None):
+        cdef Connection connection = Connection(self)
+        try:
+            if self.hop.tls and self.tls is None:
+                self.tls = tls_context(self.hop.ca_file, self.hop.ca_dir)
+            async with asyncio.timeout(self.hop.connect_timeout_s):
+                await self.loop.create_connection(
+                    lambda: connection,
+                    self.hop.host,
+                    self.hop.port,
+                    ssl=self.tls,
+                    server_hostname=self.hop.host if self.hop.tls else None,
+                )
+        except TimeoutError:
+            self.unreached(receiver, UpstreamTimeout("the provider could not be reached in time", sent=False))
+        except OSError as error:
+            what = f"the provider could not be reached ({reason_of(error)})"
+            self.unreached(receiver, UpstreamError(what, sent=False))
+        except asyncio.CancelledError:
+            self.unreached(receiver, UpstreamError("the provider is not asked any more", sent=False))
+        else:
+            self.connecting.discard(asyncio.current_task())
+            self.open += 1
+            self.connections.add(connection)
+            if receiver.left:
+                self.free(connection)
+            else:
+                connection.carry(receiver, False)
+
+    def unreached(self, Receiver receiver not None, error):
+        """Tell that there is no connection for a request; there is room for another one."""
+        self.connecting.discard(asyncio.current_task())
+        if not receiver.left:
+            receiver.failed(error)
+        self.serve_waiting()
+
+    def serve_waiting(self):
+        """Open a connection for whoever has waited longest, where one may be opened."""
+        cdef Receiver receiver
+        while self.waiting and self.open + len(self.connecting) < self.most:
+            receiver = self.waiting.popleft()
+            receiver.patience.cancel()
+            receiver.patience = None
+            self.connect(receiver)
+
+    cdef int free(self, Connection connection) except -1:
+        """Keep a connection that is not needed any more for the next request, if it can carry one."""
+        cdef Receiver receiver
+        if connection.paused:
+            connection.paused = False
+            connection.transport.resume_reading()
+        if connection.reader.headed and not (
+            connection.reader.reusable and connection.transport.get_write_buffer_size() == 0
+        ):
+            connection.drop()
+            return 0
+        connection.reader.begin(False)
+        if self.waiting and not connection.transport.is_closing():
+            receiver = self.waiting.popleft()
+            receiver.patience.cancel()
+            receiver.patience = None
+            connection.carry(receiver, True)
+        else:
+            connection.idle_since = self.now()
+            self.idle.append(connection)
+        return 0
+
+    cdef void forget(self, Connection connection):
+        """Count a connection no more."""
+        if connection in self.connections:
+            self.connections.remove(connection)
+            self.open -= 1
+        if connection in self.idle:
+            self.idle.remove(connection)
+        self.serve_waiting()
+
+    cdef void leave(self, Receiver receiver):
+        """Nobody waits for a request's answer any more: drop what carries it."""
+        receiver.left = True
+        if receiver.connection is not None:
+            connection, receiver.connection = receiver.connection, None
+            (<Connection>connection).drop()
+        elif receiver.patience is not None:
+            receiver.patience.cancel()
+            receiver.patience = None
+            self.waiting.remove(receiver)
+
+    def sweep(self):
+        """Close what has been idle for too long, and give up what takes too long."""
+        cdef Connection connection
+        cdef double now = self.now()
+        for connection in list(self.connections):
+            if connection.receiver is None:
+                if now - connection.idle_since >= KEPT_S and connection in self.idle:
+                    self.idle.remove(connection)
+                    connection.transport.close()
+            elif now >= connection.end:
+                connection.fail(UpstreamTimeout(TOTAL_LATE, sent=True))
+            elif now >= connection.deadline and not connection.paused:
+                connection.fail(UpstreamTimeout(READ_LATE, sent=True))
+        alive = self.connections or self.connecting
+        self.sweeper = self.loop.call_later(self.tick_s, self.sweep) if alive else None
+
+    async def close(self):
+        """Close all connections; what was under way is told that it failed."""
+        cdef Connection connection
+        for task in list(self.connecting):
+            task.cancel()
+        for connection in list(self.connections):
+            connection.transport.abort()
+        if self.sweeper is not None:
+            self.sweeper.cancel()
+            self.sweeper = None
+        if self.connections or self.connecting:
+            await asyncio.sleep(0)  # so that they are told
+
+
+def tls_context(ca_file, ca_dir):
+    if ca_file is None and ca_dir is None:
+        import certifi  # whoever speaks no TLS need not load it
+
+        ca_file = certifi.where()
+    context = ssl.create_default_context(cafile=ca_file, capath=ca_dir)
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def reason_of(error):
+    """Return an error's kind and what the system said of it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"{type(error).__name__}: {error.verify_message}"
+    said = error.strerror if isinstance(error, OSError) else None
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+# --- for whoever can wait -----------------------------------------------------------------------------------------
+
+
+cdef class Response(Receiver):
+    """An answer whose head has come and whose body is coming: ``UpstreamResponse``."""
+
+    cdef readonly int status
+    cdef readonly list headers
+    cdef Pool pool
+    cdef list pieces
+    cdef Py_ssize_t held
+    cdef bint done
+    cdef object error
+    cdef object waiter
+
+    def __cinit__(self, Pool pool not None):
+        self.pool = pool
+        self.pieces = []
+
+    cdef int answered(self, int status, list headers, bytes piece, bint done) except -1:
+        self.status, self.headers = status, headers
+        return self.came(piece, done)
+
+    cdef int came(self, bytes piece, bint done) except -1:
+        if piece:
+            self.pieces.append(piece)
+            self.held += len(piece)
+        self.done = done
+        if self.held > HELD_BYTES:
+            self.pause()
+        self.wake()
+        return 0
+
+    cdef int failed(self, object error) except -1:
+        self.error = error
+        self.wake()
+        return 0
+
+    cdef void wake(self):
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    async def wait(self):
+        """Wait until there is news."""
+        self.waiter = self.pool.loop.create_future()
+        try:
+            await self.waiter
+        finally:
+            self.waiter = None
+
+    async def head(self):
+        """Wait for the head."""
+        while not self.status:
+            if self.error is not None:
+                raise self.error
+            await self.wait()
+
+    def chunks(self):
+        return self
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        cdef bytes piece
+        while not self.pieces:
+            if self.error is not None:
+                raise self.error
+            if self.done:
+                raise StopAsyncIteration
+            await self.wait()
+        piece = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        self.pieces = []
+        self.held = 0
+        self.resume()
+        return piece
+
+    async def close(self):
+        """Drop the connection, if it still carries this."""
+        self.pool.leave(self)
+
+
+cdef class PooledUpstream:
+    cdef readonly Pool pool
+
+    def __cinit__(self, hop):
+        self.pool = Pool(hop)
+
+    def describe(self):
+        return self.pool.hop.describe()
+
+    async def open(self, request):
+        cdef Response response = Response(self.pool)
+        response.repeatable = may_be_repeated(request)
+        response.message = self.pool.write(request.method, request.path, request.headers, request.body)
+        self.pool.send(response)
+        try:
+            await response.head()
+        except BaseException:
+            self.pool.leave(response)
+            raise
+        return response
+
+    async def close(self):
+        await self.pool.close()
+
+
+def may_be_repeated(request):
+    if request.method in ("GET", "HEAD"):
+        return True
+    return any(name == b"idempotency-key" for name, _ in request.headers)
