@@ -7,6 +7,7 @@ COMPILED = {
     "tokenguard/_bucket.pyx": ["tokenguard/_table.pxi", "tokenguard/_region.h"],
     "tokenguard/upstream/_http.pyx": [],
     "tokenguard/upstream/_pool.pyx": [],
+    "tokenguard/lane/_lane.pyx": [],
 }
 """What is compiled, and what else each is made of."""
 

@@ -14,9 +14,11 @@ from tokenguard.backends import Backend
 from tokenguard.config import Config, read_config
 from tokenguard.demo import DemoUpstream
 from tokenguard.errors import TokenGuardError
+from tokenguard.lane._lane import Lane
 from tokenguard.server import listen, run, tell
 from tokenguard.supervisor import Supervisor, Worker
 from tokenguard.upstream import Upstream
+from tokenguard.upstream._pool import PooledUpstream
 from tokenguard.wiring import buckets, environment, node_of, upstream_of
 
 
@@ -92,13 +94,16 @@ def _run(config: Config, upstream: Upstream, host: str, port: int, workers: int 
     guards = " | ".join((*crew, backend.describe(), f"upstream {upstream.describe()}", *_limits(config)))
 
     def serve(backend: Backend, ready: Callable[[], None], lifeline: int | None = None) -> None:
+        app = create_app(config, upstream, backend)
+        fast = config.fast_lane and isinstance(upstream, PooledUpstream)
         run(
-            create_app(config, upstream, backend),
+            app,
             listening,
             ready,
             caller_timeout_s=config.caller_timeout_s,
             patience_s=config.shutdown_timeout_s,
             lifeline=lifeline,
+            lane=Lane(app.guard, upstream) if fast else None,
         )
 
     def say() -> None:

@@ -18,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from tokenguard import refusal
 from tokenguard._version import __version__
 from tokenguard.errors import InvalidSetting
+from tokenguard.lane._lane import Connection, Lane
 
 KEEPALIVE_S = 75
 """How long a caller's idle connection is kept: longer than clients keep theirs, so that it is they who close."""
@@ -33,6 +34,7 @@ def run(
     caller_timeout_s: float,
     patience_s: int,
     lifeline: int | None = None,
+    lane: Lane | None = None,
 ) -> None:
     """Serve until a signal comes, and stop in peace.
 
@@ -43,12 +45,16 @@ def run(
         caller_timeout_s: How long a caller may take for the head of a request.
         patience_s: How long running calls may take to end.
         lifeline: A file descriptor; once it can be read from, the server stops.
+        lane: What answers chat completions straight away; None to leave all to the app.
     """
+    protocol: Callable[..., asyncio.Protocol] = partial(Protocol, caller_timeout_s=caller_timeout_s)
+    if lane is not None:
+        protocol = partial(Connection, lane, protocol)
     logging.getLogger("uvicorn.error").addFilter(_worth_saying)
     settings = uvicorn.Config(
         app,
         loop="uvloop",
-        http=partial(Protocol, caller_timeout_s=caller_timeout_s),  # type: ignore[arg-type]  # is called as a class
+        http=protocol,  # type: ignore[arg-type]  # is called as a class
         ws="none",
         lifespan="on",
         log_config=None,
@@ -147,6 +153,7 @@ class Protocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._caller_timeout_s = caller_timeout_s
         self._head_timer: asyncio.TimerHandle | None = None
+        self._reading = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Expect a first request."""
@@ -161,6 +168,7 @@ class Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Expect the rest of the head."""
         super().on_message_begin()
+        self._reading = True
         self._forget_head()
         self._expect_head()
 
@@ -168,6 +176,21 @@ class Protocol(HttpToolsProtocol):
         """The head is whole."""
         self._forget_head()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._reading = False
+        super().on_message_complete()
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is between two requests."""
+        return not self._reading and not self.pipeline and (self.cycle is None or self.cycle.response_complete)
+
+    def rest(self) -> None:
+        """Expect nothing: somebody else reads the next request."""
+        self._unset_keepalive_if_required()
+        self._forget_head()
 
     def _expect_head(self) -> None:
         self._head_timer = self.loop.call_later(self._caller_timeout_s, self.transport.close)

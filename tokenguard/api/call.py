@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from time import perf_counter
 from typing import NamedTuple
 from urllib.parse import quote
 
+from tokenguard import refusal
 from tokenguard.account import Account
-from tokenguard.errors import InvalidRequest, TableBusy, UpstreamError
+from tokenguard.errors import BackendDown, InvalidRequest, TableBusy, TokenGuardError, UpstreamError
 from tokenguard.exchange import End, Exchange, Settlement, Terms
 from tokenguard.limiter import Limiter, Reservation
 from tokenguard.metrics import Metrics
@@ -158,6 +160,45 @@ class Call:
 
     def _warn(self, what: str) -> None:
         _log.warning("%s (request %s)", what, self.account.request_id)
+
+
+class CallSoon(Call):
+    """A call for drivers with an event loop, which settling must not hold up where the backend waits.
+
+    Attributes:
+        settling: What is done once the buckets are up to date: whoever has the answer may look, so that its end
+            waits for this. None if there is nothing to wait for.
+    """
+
+    def __init__(self, guard: Guard, request_id: str) -> None:
+        super().__init__(guard, request_id)
+        self.settling: asyncio.Future[int] | None = None
+
+    def _settle(self, settlement: Settlement | None) -> None:
+        """Carry out a settlement; it goes on by itself where that takes a while."""
+        if settlement is None or settlement.tokens is None or not self._guard.limiter.waits:
+            Call._settle(self, settlement)
+        else:
+            self._settle_soon(settlement, settlement.tokens)
+
+    def _settle_soon(self, settlement: Settlement, tokens: int) -> None:
+        def settled(settling: asyncio.Future[int]) -> None:
+            settlement.settled(0 if settling.cancelled() else settling.result())
+            self._guard.metrics.settled(self.account)
+
+        self.settling = self._guard.limiter.settle_soon(settlement.reservation, tokens)
+        if self.settling.done():
+            settled(self.settling)
+        else:
+            self.settling.add_done_callback(settled)
+
+
+def answer_to(error: TokenGuardError, request_id: str) -> Answer:
+    """Return the answer to a request that failed; log the error if it is not the caller's."""
+    answer = refusal.error_answer(error)
+    if answer.status >= 500 and not isinstance(error, BackendDown):  # the backend logs its beginning and its end
+        _log.warning("%s (request %s)", error, request_id)
+    return answer
 
 
 def path_of(model: str | None) -> str:

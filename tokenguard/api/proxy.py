@@ -278,18 +278,21 @@ class GuardedApp:
     Args:
         app: The app inside.
         guard: How long a caller may take to send the next piece of a body, and who counts.
+
+    Attributes:
+        guard: Likewise.
     """
 
     def __init__(self, app: Asgi, guard: Guard) -> None:
         self._app = app
-        self._guard = guard
+        self.guard = guard
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         try:
-            await self._app(scope, Incoming(receive, self._guard.caller_timeout_s), send)
+            await self._app(scope, Incoming(receive, self.guard.caller_timeout_s), send)
         except (ConnectionCut, CallerGone):
             pass  # the server closes a connection whose answer was not completed
         except BodyTimeout as error:  # nothing at all came of the body, so that no resource was asked
@@ -317,7 +320,7 @@ class GuardedApp:
         request_id = request_id_of(scope["headers"]) if call is None else call.account.request_id
         own = [(REQUEST_ID, request_id.encode()), (b"content-length", b"%d" % len(answer.body))]
         await send({"type": "http.response.start", "status": answer.status, "headers": [*answer.headers, *own]})
-        self._guard.metrics.answered(None, answer.status)
+        self.guard.metrics.answered(None, answer.status)
         if call is not None:
             call.account.status = answer.status
         await send({"type": "http.response.body", "body": answer.body})

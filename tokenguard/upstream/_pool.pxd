@@ -57,3 +57,7 @@ cdef class Pool:
     cdef void forget(self, Connection connection)
     cdef void leave(self, Receiver receiver)
     cdef double now(self)
+
+
+cdef class PooledUpstream:
+    cdef readonly Pool pool

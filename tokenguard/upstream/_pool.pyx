@@ -456,8 +456,6 @@ cdef class Response(Receiver):
 
 
 cdef class PooledUpstream:
-    cdef readonly Pool pool
-
     def __cinit__(self, hop):
         self.pool = Pool(hop)
 

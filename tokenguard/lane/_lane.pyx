@@ -1,0 +1,637 @@
+# cython: freethreading_compatible=True, auto_pickle=False, autotestdict=False
+"""The fast lane. The stub, _lane.pyi, is its manual.
+
+A connection looks at the beginning of each request. A plain ``POST /v1/chat/completions`` is answered here; whatever
+else comes, and whatever is odd about it, goes byte for byte to the protocol behind, which is uvicorn's, and so to
+Falcon. Both answer alike: the same statuses, fields and bodies, the same charges, the same metrics.
+
+No task and no queue is made for a call. Its steps are callbacks: the body is there; the buckets have answered; the
+provider has; the caller reads on, or is gone.
+"""
+
+import asyncio
+import logging
+from asyncio import CancelledError
+from http import HTTPStatus
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from libc.string cimport memcmp
+
+from tokenguard.upstream._http cimport Framing, find_head_end, read_fields, write_message
+from tokenguard.upstream._pool cimport Pool, PooledUpstream, Receiver
+
+from tokenguard import refusal
+from tokenguard.api.call import CallSoon, answer_to
+from tokenguard.api.wire import GONE, request_id_of
+from tokenguard.errors import BodyTimeout, TokenGuardError, UpstreamError
+from tokenguard.exchange import REQUEST_ID
+from tokenguard.limiter import Reservation
+from tokenguard.model import Answer
+from tokenguard.upstream._pool import may_be_repeated
+
+CHAT_ROUTE = "/v1/chat/completions"
+cdef bytes BEGINS = b"POST /v1/chat/completions HTTP/1.1\r\n"
+cdef Py_ssize_t MAX_HEAD_BYTES = 16_384
+cdef double KEEPALIVE_S = 75.0
+cdef bytes NAME_OF_ID = REQUEST_ID
+cdef bytes LAST_CHUNK = b"0\r\n\r\n"
+cdef frozenset BODILESS = frozenset((204, 304))
+cdef object log = logging.getLogger("tokenguard")
+
+
+cdef class Lane:
+    """What is the same for all connections of a server."""
+
+    cdef object guard
+    cdef object limiter
+    cdef object metrics
+    cdef Pool pool
+    cdef object state
+    cdef object loop
+    cdef bint waits
+    cdef Py_ssize_t max_body_bytes
+    cdef double caller_timeout_s
+    cdef dict firsts
+    cdef object dated
+
+    def __cinit__(self, guard, PooledUpstream upstream not None):
+        self.guard, self.limiter, self.metrics = guard, guard.limiter, guard.metrics
+        self.pool = upstream.pool
+        self.waits = guard.limiter.waits
+        self.max_body_bytes = guard.max_body_bytes
+        self.caller_timeout_s = guard.caller_timeout_s
+
+    cdef bytes first(self, int status):
+        """Return the first lines of an answer: the status, and the fields that all have, such as the date."""
+        cdef bytes line
+        fields = self.state.default_headers
+        if fields is not self.dated:  # uvicorn makes a new list each second
+            self.dated, self.firsts = fields, {}
+        line = self.firsts.get(status)
+        if line is None:
+            line = b"HTTP/1.1 %d %b\r\n" % (status, phrase_of(status))
+            line = self.firsts[status] = line + b"".join([b"%b: %b\r\n" % field for field in fields])
+        return line
+
+
+def phrase_of(status):
+    try:
+        return HTTPStatus(status).phrase.encode()
+    except ValueError:
+        return b""
+
+
+cdef class Connection:
+    """A caller's connection, as asyncio's protocol."""
+
+    cdef Lane lane
+    cdef object fallback_of
+    cdef object fallback
+    cdef object transport
+    cdef LaneCall call
+    cdef bytes pending
+    cdef list fields
+    cdef list body
+    cdef Py_ssize_t missing
+    cdef bint taking
+    cdef bint keep_alive
+    cdef bint read_paused
+    cdef bint write_paused
+    cdef object timer
+    cdef double due
+    cdef double deadline
+
+    def __init__(self, Lane lane not None, fallback_of, config, server_state, app_state, _loop=None):
+        self.lane = lane
+        if lane.state is not server_state:
+            lane.state, lane.loop, lane.dated = server_state, _loop, None
+        self.fallback_of = lambda: fallback_of(config, server_state, app_state, _loop)
+        self.pending = b""
+        self.keep_alive = True
+
+    # --- what asyncio and uvicorn tell ------------------------------------------------------------------------
+
+    def connection_made(self, transport):
+        if self.lane.loop is None:
+            self.lane.loop = asyncio.get_running_loop()
+        self.transport = transport
+        self.lane.state.connections.add(self)
+        self.expect(self.lane.caller_timeout_s)
+
+    def data_received(self, bytes data):
+        if self.fallback is not None and not self.fallback.idle:
+            self.fallback.data_received(data)
+        elif self.missing:
+            self.take_body(data)
+        elif self.call is not None:
+            self.pending += data  # the next request, ahead of its time
+            self.pause_reading()
+        else:
+            self.take(data)
+
+    def eof_received(self):
+        pass
+
+    def connection_lost(self, error):
+        cdef LaneCall call = self.call
+        self.lane.state.connections.discard(self)
+        self.expect(0)
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        self.pending, self.missing = b"", 0
+        if self.fallback is not None:
+            self.fallback.connection_lost(error)
+        if call is not None:
+            call.caller_left()
+        elif self.fields is not None:
+            self.fields = self.body = None
+            self.lane.state.tasks.discard(self)
+
+    def pause_writing(self):
+        self.write_paused = True
+        if self.fallback is not None:
+            self.fallback.pause_writing()
+        if self.call is not None:
+            self.call.pause()
+            self.expect(self.lane.caller_timeout_s)
+
+    def resume_writing(self):
+        self.write_paused = False
+        if self.fallback is not None:
+            self.fallback.resume_writing()
+        if self.call is not None:
+            self.expect(0)
+            self.call.resume()
+
+    def shutdown(self):
+        if self.call is not None or self.fields is not None:
+            self.keep_alive = False
+        elif self.fallback is not None and not self.fallback.idle:
+            self.fallback.shutdown()
+        else:
+            self.transport.close()
+
+    def cancel(self, msg=None):
+        self.lane.loop.call_soon(self.stop)  # uvicorn is going through its tasks, of which this is one
+
+    def stop(self):
+        if self.call is not None:
+            self.call.cancel()
+        elif self.fields is not None:
+            self.answer_before_any_call(refusal.stopping())
+
+    # --- requests ---------------------------------------------------------------------------------------------
+
+    cdef int take(self, bytes data) except -1:
+        """Read requests, one after the other, until one is not answered yet."""
+        cdef Py_ssize_t used
+        self.taking = True
+        try:
+            while data and self.call is None and not self.transport.is_closing():
+                used = self.begin(data)
+                if used == 0:
+                    self.hand_over(data)
+                    break
+                data = data[used:] if used < PyBytes_GET_SIZE(data) else b""
+            else:
+                self.pending = data
+                if data:
+                    self.pause_reading()
+        finally:
+            self.taking = False
+        return 0
+
+    cdef int hand_over(self, bytes data) except -1:
+        """Leave a request to the protocol behind."""
+        self.expect(0)
+        if self.fallback is None:
+            self.fallback = self.fallback_of()
+            self.fallback.connection_made(self.transport)
+            self.lane.state.connections.discard(self.fallback)  # it is shut down through this one
+            if self.write_paused:
+                self.fallback.pause_writing()
+        self.fallback.data_received(data)
+        return 0
+
+    cdef Py_ssize_t begin(self, bytes data) except -1:
+        """Take up a request; return how many bytes it has so far, 0 if it is not for the lane."""
+        cdef const char *at = PyBytes_AS_STRING(data)
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
+        cdef Py_ssize_t begins = PyBytes_GET_SIZE(BEGINS)
+        cdef Py_ssize_t head
+        cdef Framing framing
+        cdef list fields
+        if size < begins or memcmp(at, PyBytes_AS_STRING(BEGINS), begins):
+            return 0
+        head = find_head_end(at, min(size, MAX_HEAD_BYTES))
+        if head == 0:
+            return 0
+        fields = read_fields(at + begins, at + head, &framing)
+        if (
+            fields is None
+            or framing.odd
+            or framing.chunked
+            or not framing.host
+            or not 0 <= framing.length <= self.lane.max_body_bytes
+        ):
+            return 0
+        if self.fallback is not None:
+            self.fallback.rest()
+        self.lane.state.tasks.add(self)
+        self.expect(0)
+        self.keep_alive = self.keep_alive and not framing.close
+        if size - head >= framing.length:
+            self.fields = fields
+            self.start(data[head:head + framing.length])
+            return head + framing.length
+        self.fields, self.body, self.missing = fields, [], framing.length
+        self.expect(self.lane.caller_timeout_s)
+        if size > head:
+            self.take_body(data[head:])
+        return size
+
+    cdef int take_body(self, bytes data) except -1:
+        """Take in a piece of a body."""
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
+        cdef bytes more = b""
+        if self.call is None:
+            self.call = LaneCall(self)
+        if size > self.missing:
+            data, more = data[:self.missing], data[self.missing:]
+            size = self.missing
+        self.body.append(data)
+        self.missing -= size
+        if self.missing:
+            self.expect(self.lane.caller_timeout_s)
+            return 0
+        self.expect(0)
+        self.pending = more
+        if more:
+            self.pause_reading()
+        self.start(b"".join(self.body))
+        return 0
+
+    cdef int start(self, bytes body) except -1:
+        """The request is whole."""
+        if self.call is None:
+            self.call = LaneCall(self)
+        self.body = None
+        self.call.start(body)
+        return 0
+
+    cdef int ended(self) except -1:
+        """The call is over, and its answer written: go on to the next."""
+        self.call = None
+        self.fields = self.body = None
+        self.missing = 0
+        self.lane.state.tasks.discard(self)
+        self.lane.state.total_requests += 1
+        if self.transport.is_closing():
+            return 0
+        if not self.keep_alive:
+            self.transport.close()
+            return 0
+        self.expect(KEEPALIVE_S)
+        if self.taking:
+            return 0  # whoever takes goes on
+        if self.read_paused:
+            self.read_paused = False
+            self.transport.resume_reading()
+        data, self.pending = self.pending, b""
+        if data:
+            self.take(data)
+        return 0
+
+    cdef int answer_before_any_call(self, answer) except -1:
+        """Answer a request of which nothing but the head has come."""
+        cdef bytes request_id = request_id_of(self.fields).encode()
+        self.keep_alive = False
+        self.lane.metrics.answered(None, answer.status)
+        self.transport.write(self.write_answer(answer, request_id))
+        self.ended()
+        return 0
+
+    cdef bytes write_answer(self, answer, bytes request_id):
+        """Return a whole answer of ours."""
+        cdef list fields = [*answer.headers, (NAME_OF_ID, request_id), (b"content-length", b"%d" % len(answer.body))]
+        if (b"connection", b"close") in fields:
+            self.keep_alive = False
+        elif not self.keep_alive:
+            fields.append((b"connection", b"close"))
+        return write_message(self.lane.first(answer.status), fields, answer.body, False)
+
+    cdef void pause_reading(self):
+        if not self.read_paused and not self.transport.is_closing():
+            self.read_paused = True
+            self.transport.pause_reading()
+
+    # --- time -------------------------------------------------------------------------------------------------
+
+    cdef int expect(self, double seconds) except -1:
+        """Expect something of the caller within some seconds; 0 for nothing."""
+        # PERF: one timer a connection, which is moved when it goes off, not one a request
+        cdef double now
+        if seconds == 0:
+            self.deadline = 0
+            return 0
+        now = self.lane.loop.time()
+        self.deadline = now + seconds
+        if self.timer is not None and self.due > self.deadline:
+            self.timer.cancel()
+            self.timer = None
+        if self.timer is None:
+            self.due = self.deadline
+            self.timer = self.lane.loop.call_later(seconds, self.on_time)
+        return 0
+
+    def on_time(self):
+        cdef double left = self.deadline - self.lane.loop.time()
+        self.timer = None
+        if self.deadline == 0:
+            return
+        if left > 0.001:
+            self.due = self.deadline
+            self.timer = self.lane.loop.call_later(left, self.on_time)
+        elif self.call is not None:
+            self.call.caller_stalled()
+        elif self.fields is not None:
+            self.answer_before_any_call(refusal.error_answer(body_timeout(self.lane.caller_timeout_s)))
+        else:
+            self.transport.close()
+
+
+def body_timeout(seconds):
+    return BodyTimeout("body", f"nothing more of the body came for {seconds:g} s")
+
+
+cdef class LaneCall(Receiver):
+    """One guarded call."""
+
+    cdef Connection caller
+    cdef Lane lane
+    cdef object call
+    cdef object exchange
+    cdef object account
+    cdef bytes head
+    cdef bytes held
+    cdef bint headed
+    cdef bint chunked
+    cdef bint gone
+    cdef bint over
+    cdef bint last
+
+    def __cinit__(self, Connection caller not None):
+        self.caller, self.lane = caller, caller.lane
+        self.call = CallSoon(self.lane.guard, request_id_of(caller.fields))
+        self.exchange, self.account = self.call.exchange, self.call.account
+
+    # --- from the caller to the provider ----------------------------------------------------------------------
+
+    cdef int start(self, bytes body) except -1:
+        """The request is whole: read it, and reserve for it."""
+        try:
+            asked = self.exchange.begin(self.caller.fields, body)
+            if isinstance(asked, Answer):
+                self.answer(asked)
+            elif self.lane.waits:
+                Steps(self.lane.limiter.reserve_soon(*asked), self).go_on(None)
+            else:
+                self.forward(self.lane.limiter.reserve(*asked))
+        except Exception as error:
+            self.broke(error)
+        return 0
+
+    cdef int reserved(self, reserved, error) except -1:
+        """The buckets have answered, after a while."""
+        try:
+            if error is not None:
+                raise error
+            if not self.over:
+                self.forward(reserved)
+            elif isinstance(reserved, Reservation):
+                self.lane.limiter.settle_soon(reserved, 0)  # nobody knows of it any more
+        except Exception as error:
+            self.broke(error)
+        return 0
+
+    cdef int forward(self, reserved) except -1:
+        forward = self.call.reserved(reserved)
+        if isinstance(forward, Answer):
+            self.answer(forward)
+        elif self.gone and self.exchange.stream:
+            self.leave(GONE.status)
+        else:
+            self.repeatable = may_be_repeated(forward)
+            self.message = self.lane.pool.write(forward.method, forward.path, forward.headers, forward.body)
+            self.lane.pool.send(self)
+        return 0
+
+    # --- from the provider to the caller ----------------------------------------------------------------------
+
+    cdef int answered(self, int status, list headers, bytes piece, bint done) except -1:
+        try:
+            head = self.call.answered(status, headers)
+            self.count(status)
+            self.head = self.write_head(head.status, head.headers)
+            self.pass_on(piece, done)
+        except Exception as error:
+            self.broke(error)
+        return 0
+
+    cdef int came(self, bytes piece, bint done) except -1:
+        try:
+            self.pass_on(piece, done)
+        except Exception as error:
+            self.broke(error)
+        return 0
+
+    cdef int failed(self, object error) except -1:
+        try:
+            self.fail(error)
+        except Exception as unexpected:
+            self.broke(unexpected)
+        return 0
+
+    cdef int fail(self, error) except -1:
+        """The provider failed: answer for it, or cut the caller's connection where an answer has begun."""
+        self.lane.pool.leave(self)
+        answer = self.call.failed(error)
+        if answer is not None:
+            self.answer(answer)
+        else:
+            self.caller.keep_alive = False
+            self.write(b"", True)
+        return 0
+
+    cdef int pass_on(self, bytes piece, bint done) except -1:
+        """Take in a piece of the provider's body, and pass on what is to be passed on."""
+        cdef bytes passed = b""
+        cdef bytes out
+        try:
+            if piece:
+                passed = self.call.feed(piece)
+            if done:
+                passed += self.call.finish()
+        except UpstreamError as error:
+            return self.fail(error)
+        out = passed
+        if self.chunked:
+            if passed:
+                out = b"%x\r\n%b\r\n%b" % (len(passed), passed, LAST_CHUNK if done else b"")
+            elif done:
+                out = LAST_CHUNK
+        if self.head is not None:
+            out, self.head = self.head + out, None
+        self.write(out, done)
+        return 0
+
+    cdef bytes write_head(self, int status, list headers):
+        """Return the head of an answer of the provider's."""
+        cdef dict fields = {}
+        for name, value in headers:
+            fields[name] = fields[name] + b", " + value if name in fields else value
+        fields[NAME_OF_ID] = self.account.request_id.encode()
+        self.headed = True
+        if status not in BODILESS:
+            fields.setdefault(b"content-type", b"application/json")
+            self.chunked = b"content-length" not in fields
+        if not self.caller.keep_alive:
+            fields[b"connection"] = b"close"
+        if self.chunked:
+            fields[b"transfer-encoding"] = b"chunked"
+        return write_message(self.lane.first(status), list(fields.items()), b"", False)
+
+    cdef int answer(self, answer) except -1:
+        """Answer with a whole answer of ours."""
+        self.count(answer.status)
+        self.headed = True
+        self.write(self.caller.write_answer(answer, self.account.request_id.encode()), True)
+        return 0
+
+    cdef int write(self, bytes out, bint last) except -1:
+        """Pass bytes on to the caller once the buckets are up to date: whoever has the answer may look."""
+        settling = self.call.settling
+        if self.held is not None or (settling is not None and not settling.done()):
+            if self.held is None:
+                self.held = b""
+                self.pause()
+                settling.add_done_callback(self.on_settled)
+            self.held += out
+            self.last = last
+            return 0
+        if out and not self.gone:
+            self.caller.transport.write(out)
+        if last:
+            self.end()
+        elif self.caller.write_paused:
+            self.pause()
+        return 0
+
+    def on_settled(self, _):
+        cdef bytes held = self.held
+        self.held = None
+        if self.over:
+            return
+        if not self.caller.write_paused:
+            self.resume()
+        self.write(held, self.last)
+
+    # --- ends -------------------------------------------------------------------------------------------------
+
+    cdef int count(self, int status) except -1:
+        """Count the request as answered."""
+        self.lane.metrics.answered(CHAT_ROUTE, status)
+        self.account.status = status
+        return 0
+
+    cdef int end(self) except -1:
+        """The call is over; tell of it, and let the caller's connection go on."""
+        cdef Connection caller = self.caller
+        if self.over:
+            return 0
+        self.over = True
+        self.call.over()
+        caller.ended()
+        return 0
+
+    cdef int leave(self, int status) except -1:
+        """Nobody waits for the answer any more."""
+        self.lane.pool.leave(self)
+        if not self.headed and status:
+            self.count(status)
+        self.gone = True
+        self.end()
+        return 0
+
+    cdef void caller_left(self):
+        """The caller's connection is gone. A call that is not streamed runs on, to learn what it took."""
+        cdef bint begun = self.caller.body is None
+        self.gone = True
+        if not begun or (self.call.account.admitted and self.exchange.stream):
+            self.leave(GONE.status)
+        else:
+            self.resume()
+
+    cdef int caller_stalled(self) except -1:
+        """The caller does not send the rest of its request, or does not take its answer."""
+        timeout_s = self.lane.caller_timeout_s
+        if self.caller.body is not None:
+            self.answer(refusal.error_answer(body_timeout(timeout_s)))
+            return 0
+        self.account.failure = f"the caller took nothing for {timeout_s:g} s"
+        log.warning("%s; its connection was closed (request %s)", self.account.failure, self.account.request_id)
+        self.caller.keep_alive = False
+        self.leave(0)
+        return 0
+
+    cdef int cancel(self) except -1:
+        """The server stops, and has waited long enough."""
+        self.caller.keep_alive = False
+        if not self.headed and not self.gone:
+            answer = refusal.stopping()
+            self.lane.metrics.answered(None, answer.status)
+            self.account.status = answer.status
+            self.caller.transport.write(self.caller.write_answer(answer, self.account.request_id.encode()))
+        self.leave(0)
+        return 0
+
+    cdef int broke(self, error) except -1:
+        """Something failed that is ours: answer, if there is still something to be answered."""
+        if self.over:
+            log.error("a call failed after its end (request %s)", self.account.request_id, exc_info=error)
+            return 0
+        self.lane.pool.leave(self)
+        if isinstance(error, TokenGuardError):
+            answer = answer_to(error, self.account.request_id)
+        else:
+            log.error("POST %s failed (request %s)", CHAT_ROUTE, self.account.request_id, exc_info=error)
+            answer = refusal.failed()
+        if self.headed:
+            self.caller.keep_alive = False
+            self.end()
+        else:
+            self.answer(answer)
+        return 0
+
+
+cdef class Steps:
+    """Runs a coroutine that waits for futures, without a task, and tells a call what it returned."""
+
+    cdef object coroutine
+    cdef LaneCall call
+
+    def __cinit__(self, coroutine, LaneCall call not None):
+        self.coroutine = coroutine
+        self.call = call
+
+    def go_on(self, future):
+        try:
+            awaited = self.coroutine.send(None)
+        except StopIteration as stop:
+            self.call.reserved(stop.value, None)
+        except (Exception, CancelledError) as error:
+            self.call.reserved(None, error)
+        else:
+            awaited._asyncio_future_blocking = False
+            awaited.add_done_callback(self.go_on)
