@@ -2,7 +2,7 @@
 
 README.md of the folder above says what the rows mean. It exits with 1 if an answer was not what it should be.
 
-Run: python -m benchmarks.gateway [ROW…] [--load LOAD]… [--rounds N] [--seconds S]
+Run: python -m benchmarks.gateway [ROW…] [--load LOAD]… [--rounds N] [--seconds S] [--first]
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.gateway import machine
 from benchmarks.gateway.books import check, quiet
 from benchmarks.gateway.calls import PATH, body, write_requests
 from benchmarks.gateway.loads import LOADS
-from benchmarks.gateway.programs import NotToBeHad, found, upstream
+from benchmarks.gateway.programs import NotToBeHad, compiled, found, upstream
 from benchmarks.gateway.report import Turn, memory_table, table
 from benchmarks.gateway.rows import ROWS, TOKENGUARDS
 
@@ -44,7 +44,7 @@ def call(load, requests, port, seconds):
     told = subprocess.run(
         [*command, "--", requests.place, str(requests.size)],
         env=environ,
-        preexec_fn=machine.on(machine.LOAD),  # noqa: PLW1509 - nobody has threads here
+        preexec_fn=machine.on(machine.LOAD),
         capture_output=True,
         text=True,
         check=True,
@@ -80,10 +80,8 @@ def started(rows, load, folder, provider, stack):
     """Start candidates, and look at one call of each; return those that there are, by name."""
     servers = {}
     for row in rows:
-        own = Path(folder, f"{row}-{load.model}-{load.users}")
-        own.mkdir()
         try:
-            servers[row] = stack.enter_context(ROWS[row](own, provider))
+            servers[row] = stack.enter_context(ROWS[row](tempfile.mkdtemp(dir=folder), provider))
         except NotToBeHad as error:
             print(f"\n{row} is left out: {error}", flush=True)
             continue
@@ -99,20 +97,21 @@ def compare(load, requests, servers, provider, rounds, seconds):
         for number in range(rounds):
             for row in order[number % len(order) :] + order[: number % len(order)]:
                 seen[row].append(measured(load, requests, servers[row], {provider[1], *loops}, seconds))
-    print(table(seen, added=load.connections == 1 and "direct" in seen), flush=True)
+    references = [row for row in load.references if row in seen]
+    print(table(seen, references, added=load.connections == 1 and "direct" in seen), flush=True)
     return sum(turn.errors for turns in seen.values() for turn in turns)
 
 
-def weigh(load, requests, servers, seconds):
-    """Print what memory each has to itself before and after the load; return how many errors there were."""
-    seen, errors = {}, 0
+def weigh(load, requests, servers, folder):
+    """Print what memory each has to itself before and after a call of each user."""
+    caller, seen = compiled("caller", folder), {}
     for row, server in servers.items():
         before = machine.private_mib(server.leader)
-        told = call(load, requests, server.port, seconds)
-        seen[row] = before, machine.private_mib(server.leader), told["requests"]
-        errors += told["errors"]
+        given = [caller, *map(str, (server.port, load.connections, load.users, requests.size))]
+        with requests.place.open("rb") as whole:
+            subprocess.run(given, stdin=whole, check=True, preexec_fn=machine.on(machine.LOAD))
+        seen[row] = before, machine.private_mib(server.leader)
     print(memory_table(seen), flush=True)
-    return errors
 
 
 def main(rows, loads, rounds, seconds):
@@ -128,9 +127,9 @@ def main(rows, loads, rounds, seconds):
             requests = Requests(place, write_requests(place, load.users, body(load.model, load.stream)))
             with ExitStack() as stack:
                 servers = started(rows or load.rows, load, folder, provider, stack)
-                print(f"\n### {name}: {load.what}, {load.connections} connections\n", flush=True)
+                print(f"\n### {name}: {load.what}; connections: {load.connections}\n", flush=True)
                 if name == "rss":
-                    errors += weigh(load, requests, servers, seconds)
+                    weigh(load, requests, servers, folder)
                 else:
                     errors += compare(load, requests, servers, provider, rounds, seconds)
                 for row in servers.keys() & TOKENGUARDS:
@@ -140,14 +139,21 @@ def main(rows, loads, rounds, seconds):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway", description=__doc__.partition("\n")[0])
-    parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; those of the load unless told")
-    parser.add_argument("--load", action="append", choices=LOADS, help="may be given several times; all unless told")
+    parser.add_argument(
+        "rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; those of the load unless told"
+    )
+    parser.add_argument(
+        "--load", action="append", choices=LOADS, help="may be given several times; all unless told"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=5, help="how long a row's turn is")
+    parser.add_argument("--first", action="store_true", help="go before whatever else the machine does (for root)")
     given = parser.parse_args()
     if unknown := set(given.rows) - ROWS.keys():
         parser.error(f"no row is named {' or '.join(sorted(unknown))}")
     try:
-        sys.exit(main(given.rows, given.load or list(LOADS), given.rounds, given.seconds))
+        with machine.going_first() if given.first else nullcontext():
+            wrong = main(given.rows, given.load or list(LOADS), given.rounds, given.seconds)
     except NotToBeHad as error:
-        sys.exit(str(error))
+        wrong = str(error)
+    sys.exit(wrong)

@@ -33,7 +33,7 @@ def check(row, load, server, upstream_port):
 
 
 def quiet(row, server):
-    """Wait until nothing is under way, and return TokenGuard's counters; what was reserved must be accounted for."""
+    """Wait until no call is under way, and return the counters; what was reserved must be accounted for."""
     until_s = time.monotonic() + QUIET_S
     while True:
         seen = metrics(server)
@@ -45,5 +45,7 @@ def quiet(row, server):
     reserved, overrun, settled, refunded = (
         seen[f"tokenguard_tokens_{what}_total"] for what in ("reserved", "overrun", "settled", "refunded")
     )
-    assert reserved + overrun == settled + refunded, f"{row}: {reserved} + {overrun} != {settled} + {refunded} tokens"
+    assert reserved + overrun == settled + refunded, (
+        f"{row}: {reserved} + {overrun} != {settled} + {refunded} tokens"
+    )
     return seen

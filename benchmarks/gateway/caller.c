@@ -2,8 +2,8 @@
 
    Usage: caller PORT CONNECTIONS CALLS SIZE <requests
 
-   Standard input has requests of SIZE bytes each, which take turns. It exits with 1 at the first answer that is not
-   a 200 with a content-length. */
+   Standard input has requests of SIZE bytes each, which take turns. It exits with 1 at the first answer that is no
+   200, and knows only answers that have a content-length. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -24,7 +24,7 @@ typedef struct {
 } Line;
 
 static Line lines[MOST];
-static char requests[4 << 20];
+static char requests[32 << 20];
 
 static int failed(const char *what) {
     fprintf(stderr, "caller: %s\n", what);

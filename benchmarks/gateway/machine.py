@@ -20,6 +20,22 @@ def on(core):
     return lambda: os.sched_setaffinity(0, {core})
 
 
+@contextmanager
+def going_first():
+    """Give this process, and those that it starts meanwhile, precedence over others; only root can."""
+    os.nice(-15)
+    # NOTE: where the kernel groups processes by session, how nice one is counts within its session only.
+    autogroup = _PROC / "self" / "autogroup"
+    if autogroup.exists():
+        autogroup.write_text("-15")
+    try:
+        yield
+    finally:
+        os.nice(15)
+        if autogroup.exists():
+            autogroup.write_text("0")
+
+
 def group_cpu_s(leader):
     """Return the processor time of a group's processes so far, the kernel's part included."""
     ticks = 0
@@ -31,7 +47,9 @@ def group_cpu_s(leader):
 
 def machine_cpu_s():
     """Return the processor time that anybody has had so far, and what the hypervisor gave to others."""
-    user, nice, system, _, _, _, _, steal, *_ = map(int, (_PROC / "stat").read_text().split("\n", 1)[0].split()[1:])
+    user, nice, system, _, _, _, _, steal, *_ = map(
+        int, (_PROC / "stat").read_text().split("\n", 1)[0].split()[1:]
+    )
     return (user + nice + system + steal) / _TICKS_PER_S
 
 
@@ -58,7 +76,7 @@ def awake():
             stack.enter_context(
                 subprocess.Popen(
                     [sys.executable, "-c", "while True: pass"],
-                    preexec_fn=lambda core=core: idle(core),  # noqa: PLW1509 - nobody has threads here
+                    preexec_fn=lambda core=core: idle(core),
                     process_group=0,
                 )
             )

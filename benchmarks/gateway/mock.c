@@ -7,8 +7,8 @@
      "model":"…-paced"        the same, an event each 10 ms
      "include_usage":true     a stream's last write brings the usage too
 
-   It prints its port, and serves until it is killed. A request longer than a caller's buffer, or an answer that does
-   not fit into the socket's, is none of ours: the connection is closed, which whoever calls counts as an error. */
+   It prints its port, and serves until it is killed. A request longer than a caller's buffer, or an answer that
+   does not fit into the socket's, ends the connection, which whoever calls counts as an error. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -59,8 +59,8 @@ static const char FIELDS[] =
 static const char USAGE[] =
     "\"usage\":{\"prompt_tokens\":140,\"completion_tokens\":100,\"total_tokens\":240}";
 static const char CHUNK[] =
-    "data: {\"id\":\"chatcmpl-B9MBs8CjcvOU2jLn4n570S5qMJKcT\",\"object\":\"chat.completion.chunk\",\"created\":1764100000,"
-    "\"model\":\"gpt-4o-mini\",\"system_fingerprint\":\"fp_44709d6fcb\",\"choices\":";
+    "data: {\"id\":\"chatcmpl-B9MBs8CjcvOU2jLn4n570S5qMJKcT\",\"object\":\"chat.completion.chunk\","
+    "\"created\":1764100000,\"model\":\"gpt-4o-mini\",\"system_fingerprint\":\"fp_44709d6fcb\",\"choices\":";
 
 static uint64_t now_us(void) {
     struct timespec now;
@@ -74,13 +74,16 @@ static size_t chunk(char *to, const char *text) {
 
 static void write_answers(void) {
     char text[1024], words[512] = "";
-    while (strlen(words) < 456) strcat(words, "Twelve words. ");
+    while (strlen(words) < 504) strcat(words, "Twelve words. ");
     sprintf(text,
-            "{\"id\":\"chatcmpl-B9MBs8CjcvOU2jLn4n570S5qMJKcT\",\"object\":\"chat.completion\",\"created\":1764100000,"
-            "\"model\":\"gpt-4o-mini\",\"choices\":[{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"%s\"},"
+            "{\"id\":\"chatcmpl-B9MBs8CjcvOU2jLn4n570S5qMJKcT\",\"object\":\"chat.completion\","
+            "\"created\":1764100000,\"model\":\"gpt-4o-mini\",\"choices\":[{\"index\":0,"
+            "\"message\":{\"role\":\"assistant\",\"content\":\"%s\"},"
             "\"logprobs\":null,\"finish_reason\":\"stop\"}],%s}",
             words, USAGE);
-    answer_bytes = (size_t)sprintf(answer, "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %zu\r\n%s\r\n%s",
+    answer_bytes = (size_t)sprintf(answer,
+                                   "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
+                                   "content-length: %zu\r\n%s\r\n%s",
                                    strlen(text), FIELDS, text);
     size_t head = (size_t)sprintf(events[0], "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
                                              "transfer-encoding: chunked\r\n%s\r\n", FIELDS);

@@ -58,7 +58,7 @@ def upstream(folder):
         stdout=subprocess.PIPE,
         text=True,
         process_group=0,
-        preexec_fn=on(LOAD),  # noqa: PLW1509 - nobody has threads here
+        preexec_fn=on(LOAD),
     ) as process:
         try:
             yield int(process.stdout.readline()), process.pid

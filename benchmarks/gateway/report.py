@@ -3,8 +3,6 @@
 from statistics import median
 from typing import NamedTuple
 
-REFERENCES = ("nginx-limits", "nginx")
-
 
 class Turn(NamedTuple):
     """What one row did in one round.
@@ -26,9 +24,14 @@ class Turn(NamedTuple):
     errors: int
 
 
-def table(seen, added):
-    """Return the table of a load: each row's turns, by its name; ``added`` asks for what it adds to direct calls."""
-    references = [name for name in REFERENCES if name in seen]
+def table(seen, references, added):
+    """Return the table of a load: the turns of each row, by its name.
+
+    Args:
+        seen: The turns.
+        references: The rows that all are compared with, in each round.
+        added: Whether it is of interest what a row adds to a direct call.
+    """
     names = ["row", "requests/s", "per core", "p50 ms", "p99 ms"]
     names += ["added p50 µs"] if added else []
     names += [f"{what} to {name}" for name in references for what in ("requests/s", "per core")]
@@ -37,19 +40,20 @@ def table(seen, added):
         cells = [row, *(_range([turn[place] for turn in turns], "{:,.0f}") for place in (0, 1))]
         cells += [_range([turn[place] / 1e3 for turn in turns], "{:.2f}") for place in (2, 3)]
         if added:
-            cells.append(_range([a.p50_us - b.p50_us for a, b in zip(turns, seen["direct"], strict=True)], "{:,.0f}"))
+            pairs = zip(turns, seen["direct"], strict=True)
+            cells.append(_range([turn.p50_us - direct.p50_us for turn, direct in pairs], "{:,.0f}"))
         for name in references:
             pairs = list(zip(turns, seen[name], strict=True))
-            cells += [_range([turn[place] / other[place] for turn, other in pairs], "{:.2f}") for place in (0, 1)]
+            cells += [_range([turn[place] / other[place] for turn, other in pairs], "{:.2g}") for place in (0, 1)]
         cells += [f"{median(turn.others for turn in turns):.0%}", str(sum(turn.errors for turn in turns))]
         lines.append(_line(cells))
     return "\n".join(lines)
 
 
 def memory_table(seen):
-    """Return the table of what memory each row has to itself, in MiB, before and after."""
-    lines = [_line(["row", "MiB at the start", "MiB after", "calls"]), _line(["---", "---:", "---:", "---:"])]
-    lines += [_line([row, f"{before:.1f}", f"{after:.1f}", f"{calls:,}"]) for row, (before, after, calls) in seen.items()]
+    """Return the table of the memory, in MiB, that each row has to itself before and after the load."""
+    lines = [_line(["row", "MiB at the start", "MiB after"]), _line(["---", "---:", "---:"])]
+    lines += [_line([row, *(f"{mib:.1f}" for mib in pair)]) for row, pair in seen.items()]
     return "\n".join(lines)
 
 
@@ -59,4 +63,4 @@ def _line(cells):
 
 def _range(values, shape):
     middle = f"**{shape.format(median(values))}**"
-    return middle if len(values) == 1 else f"{middle} ({shape.format(min(values))}–{shape.format(max(values))})"
+    return middle if len(values) == 1 else f"{middle} ({shape.format(min(values))} to {shape.format(max(values))})"

@@ -48,7 +48,7 @@ def _running(command, folder, environ, **more):
             stderr=errors,
             text=True,
             process_group=0,
-            preexec_fn=on(CANDIDATE),  # noqa: PLW1509 - nobody has threads here
+            preexec_fn=on(CANDIDATE),
             **more,
         ) as process,
     ):
@@ -76,8 +76,7 @@ def direct(_folder, upstream):
 def nginx(folder, upstream, limits=(), buffering="on"):
     """A reverse proxy in C; ``limits`` are what its zones go by, each with a rate."""
     command, environ = found("nginx")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = _free_port()
     zones = [f"limit_req_zone {key} zone={name}:10m rate={rate};" for name, key, rate in limits]
     if any(key == "$drained" for _, key, _ in limits):
         zones.insert(0, f'map $http_x_user_id $drained {{ default ""; {DRAINED} $http_x_user_id; }}')
@@ -148,7 +147,11 @@ def metrics(server):
     """Return what TokenGuard counted that has no labels, by name."""
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as answer:
         lines = answer.read().decode().splitlines()
-    return {name: float(value) for name, value in (line.split(" ")[:2] for line in lines if line[0] != "#") if "{" not in name}
+    return {
+        name: float(value)
+        for name, value in (line.split(" ")[:2] for line in lines if line[0] != "#")
+        if "{" not in name
+    }
 
 
 def _twenty_buckets():
@@ -163,16 +166,38 @@ def _twenty_buckets():
 
 
 @contextmanager
+def _on_a_port(folder, options, **settings):
+    """Run a Python server that is told its port, ``{port}`` in its options."""
+    port = _free_port()
+    command = [sys.executable, "-m", *(option.format(port=port) for option in options)]
+    with _running(command, folder, _python(**settings)) as process:
+        _until_it_listens(process, port)
+        yield Server(port, process.pid)
+
+
 def first(folder, upstream):
     """Falcon and httpx, as the gateway was first built: see first.py."""
-    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listening:
-        listening.set_inheritable(True)
-        options = ["--fd", str(listening.fileno()), "--loop", "uvloop", "--http", "httptools"]
-        options += ["--no-access-log", "--no-proxy-headers", "--log-level", "warning"]
-        command = [sys.executable, "-m", "uvicorn", "--factory", "benchmarks.gateway.first:create_app", *options]
-        environ = _python(UPSTREAM=f"http://127.0.0.1:{upstream[0]}")
-        with _running(command, folder, environ, pass_fds=[listening.fileno()]) as process:
-            yield Server(listening.getsockname()[1], process.pid)
+    options = [
+        "uvicorn",
+        "--factory",
+        "benchmarks.gateway.first:create_app",
+        "--port",
+        "{port}",
+        "--loop",
+        "uvloop",
+    ]
+    options += ["--http", "httptools", "--no-access-log", "--no-proxy-headers", "--log-level", "warning"]
+    return _on_a_port(folder, options, UPSTREAM=f"http://127.0.0.1:{upstream[0]}")
+
+
+def splice(folder, upstream):
+    """The least that a proxy in Python does: see splice.py."""
+    return _on_a_port(folder, ["benchmarks.gateway.splice", "{port}", str(upstream[0])])
+
+
+def _free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
 
 
 def _until_it_listens(process, port):
@@ -195,6 +220,7 @@ ROWS = {
     "lane-20": partial(tokenguard, budgets=_twenty_buckets()),
     "falcon": partial(tokenguard, settings=_FALCON),
     "first": first,
+    "splice": splice,
 }
 """How each candidate is started: given a folder, and the provider's port and process id."""
 TOKENGUARDS = ("lane", "lane-20", "falcon")
