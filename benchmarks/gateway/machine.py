@@ -5,6 +5,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -38,11 +39,18 @@ def going_first():
 
 def group_cpu_s(leader):
     """Return the processor time of a group's processes so far, the kernel's part included."""
-    ticks = 0
-    for pid in _group(leader):
-        stat = _stat(pid)
-        ticks += int(stat[11]) + int(stat[12])
-    return ticks / _TICKS_PER_S
+    return sum(map(_cpu_s, _group(leader)))
+
+
+def _cpu_s(pid):
+    """Return a process's processor time to the ns, where its line in /proc counts in ticks of 10 ms.
+
+    Source: clock_getcpuclockid(3), which Python lacks; Linux makes the clock's number of the process's.
+    """
+    try:
+        return time.clock_gettime(~pid << 3 | 2)
+    except OSError:
+        return 0.0
 
 
 def machine_cpu_s():

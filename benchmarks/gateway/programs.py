@@ -33,7 +33,8 @@ def found(name):
         if subprocess.run([_ROOT / "tools" / "debs", _UNPACKED, "wrk", "nginx-light"], check=False).returncode:
             raise NotToBeHad(f"{name} is not on PATH, and apt could not fetch it (see above)")
     libraries = [str(folder) for lib in ("lib", "usr/lib") for folder in (_UNPACKED / lib).glob("*-linux-*")]
-    return str(place), {**os.environ, "LD_LIBRARY_PATH": ":".join([*libraries, os.getenv("LD_LIBRARY_PATH", "")])}
+    given = os.getenv("LD_LIBRARY_PATH")
+    return str(place), {**os.environ, "LD_LIBRARY_PATH": ":".join(libraries + ([given] if given else []))}
 
 
 def compiled(name, folder):

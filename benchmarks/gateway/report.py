@@ -44,7 +44,7 @@ def table(seen, references, added):
             cells.append(_range([turn.p50_us - direct.p50_us for turn, direct in pairs], "{:,.0f}"))
         for name in references:
             pairs = list(zip(turns, seen[name], strict=True))
-            cells += [_range([turn[place] / other[place] for turn, other in pairs], "{:.2g}") for place in (0, 1)]
+            cells += [_range([turn[place] / other[place] for turn, other in pairs], "{:.3g}") for place in (0, 1)]
         cells += [f"{median(turn.others for turn in turns):.0%}", str(sum(turn.errors for turn in turns))]
         lines.append(_line(cells))
     return "\n".join(lines)
