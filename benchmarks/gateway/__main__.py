@@ -2,7 +2,7 @@
 
 README.md of the folder above says what the rows mean. It exits with 1 if an answer was not what it should be.
 
-Run: python -m benchmarks.gateway [ROW…] [--load LOAD]… [--rounds N] [--seconds S] [--first]
+Run: python -m benchmarks.gateway [ROW…] [--load LOAD]… [--rounds N] [--seconds S] [--urgent]
 """
 
 import argparse
@@ -119,6 +119,7 @@ def main(rows, loads, rounds, seconds):
     print(f"Python {platform.python_version()}, {len(machine.CORES)} cores, {rounds} rounds of {seconds} s")
     if len(machine.CORES) == 1:
         print("There is one core only: the load takes from the candidates, and nothing here can be relied on.")
+    found("wrk")  # without it there is nothing to begin with
     errors = 0
     with tempfile.TemporaryDirectory() as folder, upstream(folder) as provider:
         for name in loads:
@@ -127,6 +128,8 @@ def main(rows, loads, rounds, seconds):
             requests = Requests(place, write_requests(place, load.users, body(load.model, load.stream)))
             with ExitStack() as stack:
                 servers = started(rows or load.rows, load, folder, provider, stack)
+                if not servers:
+                    continue
                 print(f"\n### {name}: {load.what}; connections: {load.connections}\n", flush=True)
                 if name == "rss":
                     weigh(load, requests, servers, folder)
@@ -147,12 +150,12 @@ if __name__ == "__main__":
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=5, help="how long a row's turn is")
-    parser.add_argument("--first", action="store_true", help="go before whatever else the machine does (for root)")
+    parser.add_argument("--urgent", action="store_true", help="go before all that the machine does else (root)")
     given = parser.parse_args()
     if unknown := set(given.rows) - ROWS.keys():
         parser.error(f"no row is named {' or '.join(sorted(unknown))}")
     try:
-        with machine.going_first() if given.first else nullcontext():
+        with machine.urgently() if given.urgent else nullcontext():
             wrong = main(given.rows, given.load or list(LOADS), given.rounds, given.seconds)
     except NotToBeHad as error:
         wrong = str(error)

@@ -22,7 +22,7 @@ def on(core):
 
 
 @contextmanager
-def going_first():
+def urgently():
     """Give this process, and those that it starts meanwhile, precedence over others; only root can."""
     os.nice(-15)
     # NOTE: where the kernel groups processes by session, how nice one is counts within its session only.
