@@ -38,7 +38,8 @@ def table(seen, references, added):
     lines = [_line([*names, "others", "errors"]), _line(["---", *["---:"] * (len(names) + 1)])]
     for row, turns in sorted(seen.items(), key=lambda item: -median(turn.per_core for turn in item[1])):
         cells = [row, *(_range([turn[place] for turn in turns], "{:,.0f}") for place in (0, 1))]
-        cells += [_range([turn[place] / 1e3 for turn in turns], "{:.2f}") for place in (2, 3)]
+        answered = [turn for turn in turns if turn.per_s]
+        cells += [_range([turn[place] / 1e3 for turn in answered], "{:.2f}") for place in (2, 3)]
         if added:
             pairs = zip(turns, seen["direct"], strict=True)
             cells.append(_range([turn.p50_us - direct.p50_us for turn, direct in pairs], "{:,.0f}"))
@@ -62,5 +63,7 @@ def _line(cells):
 
 
 def _range(values, shape):
+    if not values:
+        return "none"
     middle = f"**{shape.format(median(values))}**"
     return middle if len(values) == 1 else f"{middle} ({shape.format(min(values))} to {shape.format(max(values))})"
