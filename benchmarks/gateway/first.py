@@ -21,7 +21,7 @@ class Pieces:
         self._pieces = told.aiter_raw()
 
     def __aiter__(self):
-        """Return this."""
+        """Return the pieces."""
         return self._pieces
 
     async def close(self):

@@ -42,22 +42,10 @@ def group_cpu_s(leader):
     return sum(map(_cpu_s, _group(leader)))
 
 
-def _cpu_s(pid):
-    """Return a process's processor time to the ns, where its line in /proc counts in ticks of 10 ms.
-
-    Source: clock_getcpuclockid(3), which Python lacks; Linux makes the clock's number of the process's.
-    """
-    try:
-        return time.clock_gettime(~pid << 3 | 2)
-    except OSError:
-        return 0.0
-
-
 def machine_cpu_s():
     """Return the processor time that anybody has had so far, and what the hypervisor gave to others."""
-    user, nice, system, _, _, _, _, steal, *_ = map(
-        int, (_PROC / "stat").read_text().split("\n", 1)[0].split()[1:]
-    )
+    first = (_PROC / "stat").read_text().partition("\n")[0]
+    user, nice, system, _, _, _, _, steal, *_ = map(int, first.split()[1:])
     return (user + nice + system + steal) / _TICKS_PER_S
 
 
@@ -108,6 +96,17 @@ def _stat(pid):
         return (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ["X"] + ["0"] * 20
+
+
+def _cpu_s(pid):
+    """Return a process's processor time to the ns, where its line in /proc counts in ticks of 10 ms.
+
+    Source: clock_getcpuclockid(3), which Python lacks; Linux makes the clock's number of the process's.
+    """
+    try:
+        return time.clock_gettime(~pid << 3 | 2)
+    except OSError:
+        return 0.0
 
 
 def _private_mib(pid):
