@@ -8,6 +8,7 @@ COMPILED = {
     "tokenguard/upstream/_http.pyx": [],
     "tokenguard/upstream/_pool.pyx": [],
     "tokenguard/lane/_lane.pyx": [],
+    "tokenguard/providers/_chat.pyx": ["tokenguard/providers/_scan.pxi"],
 }
 """What is compiled, and what else each is made of."""
 

@@ -144,6 +144,8 @@ class Server(uvicorn.Server):
         if running := len(self.server_state.tasks):
             _log.info("stopping: %d running calls have %d s to end", running, self._patience_s)
         await super().shutdown(sockets)
+        for left in [task for task in self.server_state.tasks if isinstance(task, Connection)]:
+            left.stop()  # after a second signal nobody has; tasks are cancelled with the loop
 
 
 class Protocol(HttpToolsProtocol):

@@ -45,4 +45,7 @@ class Connection(asyncio.Protocol):
         """End when the request that is being answered is; the server stops."""
 
     def cancel(self, msg: str | None = None) -> None:
-        """End at once; the server has waited long enough."""
+        """End soon; the server has waited long enough."""
+
+    def stop(self) -> None:
+        """End at once."""
