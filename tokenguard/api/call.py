@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import Callable
-from time import perf_counter
-from typing import NamedTuple
 from urllib.parse import quote
 
+from tokenguard import refusal
 from tokenguard.account import Account
-from tokenguard.errors import InvalidRequest, TableBusy, UpstreamError
+from tokenguard.errors import BackendDown, InvalidRequest, TableBusy, TokenGuardError, UpstreamError
 from tokenguard.exchange import End, Exchange, Settlement, Terms
 from tokenguard.limiter import Limiter, Reservation
 from tokenguard.metrics import Metrics
@@ -29,7 +30,7 @@ _TELLING = {**dict.fromkeys((301, 302, 303, 307, 308), _REDIRECTS), **dict.fromk
 """Answers that speak of our configuration rather than of the call."""
 
 
-class Guard(NamedTuple):
+class Guard:
     """What guards all calls.
 
     Attributes:
@@ -41,12 +42,21 @@ class Guard(NamedTuple):
         caller_timeout_s: How long a caller may take to send, or to take, the next piece.
     """
 
-    limiter: Limiter
-    terms: Terms
-    metrics: Metrics
-    log: Callable[[Account], None] | None
-    max_body_bytes: int
-    caller_timeout_s: float
+    def __init__(
+        self,
+        limiter: Limiter,
+        terms: Terms,
+        metrics: Metrics,
+        log: Callable[[Account], None] | None,
+        max_body_bytes: int,
+        caller_timeout_s: float,
+    ) -> None:
+        self.limiter = limiter
+        self.terms = terms
+        self.metrics = metrics
+        self.log = log
+        self.max_body_bytes = max_body_bytes
+        self.caller_timeout_s = caller_timeout_s
 
 
 class Call:
@@ -60,7 +70,7 @@ class Call:
         self.exchange = Exchange(guard.terms, request_id)
         self.account = self.exchange.account
         self._guard = guard
-        self._began_s = perf_counter()
+        self._began_s = time.perf_counter()
         self._forwarded_s = 0.0
         self._over = False
         guard.metrics.began()
@@ -68,19 +78,22 @@ class Call:
     def begin(self, headers: Headers, body: bytes) -> UpstreamRequest | Answer:
         """Read a request and reserve for it; return what to forward, or the answer."""
         asked = self.exchange.begin(headers, body)
-        return asked if isinstance(asked, Answer) else self.reserved(self._guard.limiter.reserve(*asked))
+        if isinstance(asked, Answer):
+            return asked
+        identity, model, prompt, total = asked
+        return self.reserved(self._guard.limiter.reserve(identity, model, prompt, total))
 
     def reserved(self, reserved: Reservation | Decision) -> UpstreamRequest | Answer:
         """Take in what came of reserving; return what to forward, or the refusal."""
         forward = self.exchange.reserved(reserved)
         if self.account.admitted:
             self._guard.metrics.admitted(self.account)
-        self._forwarded_s = perf_counter()
+        self._forwarded_s = time.perf_counter()
         return forward
 
     def answered(self, status: int, headers: Headers) -> Head:
         """Take in the head of the provider's answer; return the head to pass on."""
-        self.account.upstream_s = perf_counter() - self._forwarded_s
+        self.account.upstream_s = time.perf_counter() - self._forwarded_s
         head = self.exchange.answered(status, headers)
         self._guard.metrics.upstream_answered(self.account)
         if status in _TELLING:
@@ -124,7 +137,7 @@ class Call:
             return
         self._over = True
         self.leave()
-        self.account.seconds = perf_counter() - self._began_s
+        self.account.seconds = time.perf_counter() - self._began_s
         self._guard.metrics.ended(self.account)
         if self._guard.log is not None:
             self._guard.log(self.account)
@@ -153,11 +166,50 @@ class Call:
                     self._guard.metrics.settlement_lost()
                     self._warn(f"{error}: the reservation stays spent")
             else:
-                return settlement.settled(forgiven)
-        return None
+                settlement.settled(forgiven)
+                break
 
     def _warn(self, what: str) -> None:
         _log.warning("%s (request %s)", what, self.account.request_id)
+
+
+class CallSoon(Call):
+    """A call for drivers with an event loop, which settling must not hold up where the backend waits.
+
+    Attributes:
+        settling: What is done once the buckets are up to date: whoever has the answer may look, so that its end
+            waits for this. None if there is nothing to wait for.
+    """
+
+    def __init__(self, guard: Guard, request_id: str) -> None:
+        super().__init__(guard, request_id)
+        self.settling: asyncio.Future[int] | None = None
+
+    def _settle(self, settlement: Settlement | None) -> None:
+        """Carry out a settlement; it goes on by itself where that takes a while."""
+        if settlement is None or settlement.tokens is None or not self._guard.limiter.waits:
+            Call._settle(self, settlement)
+        else:
+            self._settle_soon(settlement, settlement.tokens)
+
+    def _settle_soon(self, settlement: Settlement, tokens: int) -> None:
+        def settled(settling: asyncio.Future[int]) -> None:
+            settlement.settled(0 if settling.cancelled() else settling.result())
+            self._guard.metrics.settled(self.account)
+
+        self.settling = self._guard.limiter.settle_soon(settlement.reservation, tokens)
+        if self.settling.done():
+            settled(self.settling)
+        else:
+            self.settling.add_done_callback(settled)
+
+
+def answer_to(error: TokenGuardError, request_id: str) -> Answer:
+    """Return the answer to a request that failed; log the error if it is not the caller's."""
+    answer = refusal.error_answer(error)
+    if answer.status >= 500 and not isinstance(error, BackendDown):  # the backend logs its beginning and its end
+        _log.warning("%s (request %s)", error, request_id)
+    return answer
 
 
 def path_of(model: str | None) -> str:
