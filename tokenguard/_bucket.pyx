@@ -41,11 +41,6 @@ cdef dict PACES = {10 ** exponent: exponent + 1 for exponent in range(7)}
 
 
 cdef class Handle:
-    cdef Entry *entries
-    cdef object owner
-    cdef readonly uint64_t epoch
-    cdef int count
-
     def __dealloc__(self):
         PyMem_Free(self.entries)
 
@@ -54,13 +49,6 @@ cdef class Handle:
 
 
 cdef class Outcome:
-    cdef Handle plan
-    cdef public object handle
-    cdef Bucket *seen
-    cdef int64_t now_us
-    cdef readonly bint allowed
-    cdef readonly int binding
-
     def __dealloc__(self):
         PyMem_Free(self.seen)
 
@@ -78,23 +66,23 @@ cdef class Outcome:
     def retry_after_us(self):
         return 0 if self.allowed else self.wait_us(self.binding)
 
-    def level(self, int i):
+    cpdef int64_t level(self, int i) except? -1:
         self.check(i)
         return floor_div(self.seen[i].level, self.plan.entries[i].want.unit)
 
-    def limit(self, int i):
+    cpdef int64_t limit(self, int i) except? -1:
         self.check(i)
         return self.plan.entries[i].want.capacity
 
-    def cost(self, int i):
+    cpdef int64_t cost(self, int i) except? -1:
         self.check(i)
         return self.seen[i].cost
 
-    def wait_us(self, int i):
+    cpdef int64_t wait_us(self, int i) except? -1:
         self.check(i)
         return self.seen[i].wait_us
 
-    def full_in_us(self, int i):
+    cpdef int64_t full_in_us(self, int i) except? -1:
         cdef Slot s
         self.check(i)
         s = self.plan.entries[i].want
@@ -153,11 +141,8 @@ def region_bytes(int64_t buckets):
 
 
 cdef class Tally:
-    cdef BucketTable table
-    cdef uint32_t number
-
-    def add(self, int64_t amount=1):
-        tg_add(&self.table.row.tallies[self.number], amount)
+    cpdef add(self, int64_t amount=1):
+        tg_add(&(<BucketTable>self.table).row.tallies[self.number], amount)
 
 
 cdef class BucketTable:

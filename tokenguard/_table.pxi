@@ -1,6 +1,6 @@
 """The C of the table of buckets: the region, and what is done to it. Nothing here touches a Python object.
 
-Included by _bucket.pyx, whose docstring says how it works.
+Included by _bucket.pyx, whose docstring says how it works. What a handle and an outcome are made of is in _bucket.pxd.
 """
 
 cdef extern from "_region.h":
@@ -57,28 +57,6 @@ cdef enum Status:
     SHORT
     STALE
     FULL
-
-cdef struct Slot:                 # 64 bytes, one cache line
-    uint64_t print_hi
-    uint32_t print_lo
-    uint16_t seq                  # moves with every write; odd while one is under way
-    uint16_t pace                 # number of the tick's length; 0: the slot is free, `level` the next free one
-    int64_t level
-    int64_t tick
-    int64_t capacity
-    int64_t debt
-    int64_t gain
-    int64_t unit
-
-cdef struct Entry:                # one bucket of a handle: a slot as it should be, and where it was last seen
-    Slot want
-    uint32_t slot
-
-cdef struct Bucket:               # one bucket of an outcome
-    int64_t level
-    int64_t tick
-    int64_t cost
-    int64_t wait_us
 
 cdef struct Counters:
     uint64_t used

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 
 from tokenguard.model import BucketName, Identity
@@ -16,7 +15,6 @@ class Outcome(StrEnum):
     KEPT = "kept"
 
 
-@dataclass(slots=True)
 class Account:
     """One call, filled in as it goes.
 
@@ -39,22 +37,23 @@ class Account:
         seconds: How long the call took in all.
     """
 
-    request_id: str
-    identity: Identity | None = None
-    model: str | None = None
-    stream: bool = False
-    estimate: int = 0
-    admitted: bool = False
-    refused_by: BucketName | None = None
-    outcome: Outcome | None = None
-    charged: int = 0
-    usage_told: bool = False
-    forgiven: int = 0
-    status: int = 0
-    upstream_status: int | None = None
-    upstream_s: float | None = None
-    failure: str | None = None
-    seconds: float = 0.0
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.identity: Identity | None = None
+        self.model: str | None = None
+        self.stream = False
+        self.estimate = 0
+        self.admitted = False
+        self.refused_by: BucketName | None = None
+        self.outcome: Outcome | None = None
+        self.charged = 0
+        self.usage_told = False
+        self.forgiven = 0
+        self.status = 0
+        self.upstream_status: int | None = None
+        self.upstream_s: float | None = None
+        self.failure: str | None = None
+        self.seconds = 0.0
 
     @property
     def open(self) -> bool:

@@ -17,8 +17,6 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 from tokenguard import refusal
@@ -26,7 +24,17 @@ from tokenguard.account import Account, Outcome
 from tokenguard.errors import InvalidRequest, InvalidValue, TokenGuardError, UpstreamError
 from tokenguard.estimate import Estimate, Estimator
 from tokenguard.limiter import Reservation
-from tokenguard.model import Answer, Decision, Head, Headers, Identity, UpstreamRequest, Usage, checked_name
+from tokenguard.model import (
+    MAX_ID_BYTES,
+    Answer,
+    Decision,
+    Head,
+    Headers,
+    Identity,
+    UpstreamRequest,
+    Usage,
+    checked_name,
+)
 from tokenguard.providers.openai import CHAT_PATH, ChatRequest, EventStream, JsonAnswer, read_chat
 
 IDENTITY_HEADERS = {
@@ -36,8 +44,21 @@ IDENTITY_HEADERS = {
     b"x-llm-rolegroup": "rolegroup",
 }
 
+_SHOWN = tuple([name.decode() for name in IDENTITY_HEADERS])
+
+MAX_KNOWN = 4096
+"""How many callers' fields are remembered as what they came to; the oldest are forgotten first."""
+
+_known: dict[tuple[bytes | None, ...], Identity] = {}
+
 REQUEST_ID = b"x-request-id"
 """The header field that one call is known by, from the caller to the provider and back."""
+
+_MOST_DIGITS = 18
+"""A longer answer than this many digits can tell is none."""
+_PLAIN = (b"accept-encoding", b"identity")
+_UNKNOWN = -1
+"""So many bytes of an answer are left whose length nobody has told."""
 
 _HOP_BY_HOP = frozenset(
     (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
@@ -58,10 +79,30 @@ _NOT_TO_UPSTREAM = _HOP_BY_HOP | frozenset(
         *(b"forwarded", b"via", b"x-real-ip"),
     )
 )
-_NOT_TO_CALLER = _HOP_BY_HOP | frozenset(
+_PASSED, _DROPPED, _ENCODING, _CONNECTION = -1, 4, 5, 6
+_MEANINGS = {
+    **dict.fromkeys(_NOT_TO_UPSTREAM, _DROPPED),
+    **{name: part for part, name in enumerate(IDENTITY_HEADERS)},
+    b"content-encoding": _ENCODING,
+    b"connection": _CONNECTION,
+}
+"""What a field of a request means to us: a part of the identity, by its number, or one of those above."""
+
+_RETURNED = {
     # what speaks of the provider's host, where the caller sees ours
-    (b"date", b"server", b"location", b"set-cookie", b"alt-svc", b"strict-transport-security")
-)
+    **dict.fromkeys((b"date", b"server", b"location", b"set-cookie", b"alt-svc", b"strict-transport-security"), b""),
+    **dict.fromkeys(_HOP_BY_HOP, b""),
+    # the provider's own limits and id, as some name them
+    **{name: b"x-upstream" + name[1:] for name in (
+        REQUEST_ID,
+        *(f"x-ratelimit-{what}-{meter}".encode() for what in ("limit", "remaining", "reset")
+          for meter in ("requests", "tokens")),
+    )},
+}  # fmt: skip
+"""Under which name a field of the provider's answer travels on; empty for those that do not."""
+
+
+_SETTLED, _REFUNDED, _KEPT = Outcome.SETTLED, Outcome.REFUNDED, Outcome.KEPT
 
 
 class Ask(NamedTuple):
@@ -73,7 +114,6 @@ class Ask(NamedTuple):
     total: int
 
 
-@dataclass(frozen=True, slots=True)
 class Settlement:
     """What is to become of a reservation.
 
@@ -81,32 +121,35 @@ class Settlement:
         reservation: The reservation.
         account: The call's.
         tokens: What the call took; 0 gives everything back but the request; None leaves all of it spent.
-        learn: Takes in what the estimate should have been.
     """
 
-    reservation: Reservation
-    account: Account
-    tokens: int | None
-    learn: Callable[[], None] | None = None
+    def __init__(
+        self, exchange: Exchange, reservation: Reservation, tokens: int | None, usage: Usage | None = None
+    ) -> None:
+        self.reservation = reservation
+        self.account = exchange.account
+        self.tokens = tokens
+        self._exchange = exchange
+        self._usage = usage
 
     def settled(self, forgiven: int) -> None:
         """Enter into the account that the reservation has been settled at ``tokens``."""
-        tokens = self.tokens or 0
-        self.account.forgiven = forgiven
-        self.account.charged = tokens
-        self.account.outcome = Outcome.SETTLED if tokens else Outcome.REFUNDED
-        if self.learn is not None:
-            self.account.usage_told = True
-            self.learn()
+        account, tokens = self.account, self.tokens or 0
+        account.forgiven = forgiven
+        account.charged = tokens
+        account.outcome = _SETTLED if tokens else _REFUNDED
+        if self._usage is not None:
+            account.usage_told = True
+            self._exchange.learn(self._usage)
 
     def keep(self) -> None:
         """Leave all of it spent, whatever else was meant to become of it."""
         self.reservation.close()
         self.account.charged = self.account.estimate
-        self.account.outcome = Outcome.KEPT
+        self.account.outcome = _KEPT
 
 
-class End(NamedTuple):
+class End:
     """How a call ended.
 
     Attributes:
@@ -115,12 +158,14 @@ class End(NamedTuple):
         answer: What to answer instead, if nothing has been passed on yet.
     """
 
-    settlement: Settlement | None = None
-    rest: bytes = b""
-    answer: Answer | None = None
+    def __init__(
+        self, settlement: Settlement | None = None, rest: bytes = b"", answer: Answer | None = None
+    ) -> None:
+        self.settlement = settlement
+        self.rest = rest
+        self.answer = answer
 
 
-@dataclass(frozen=True, slots=True)
 class Terms:
     """What is the same for all exchanges.
 
@@ -131,10 +176,17 @@ class Terms:
         jitter: Returns a number from 0 to 1 for each refusal.
     """
 
-    credentials: Headers
-    estimator: Estimator
-    ask_for_usage: bool = True
-    jitter: Callable[[], float] = random.random
+    def __init__(
+        self,
+        credentials: Headers,
+        estimator: Estimator,
+        ask_for_usage: bool = True,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.credentials = credentials
+        self.estimator = estimator
+        self.ask_for_usage = ask_for_usage
+        self.jitter = jitter
 
 
 class Exchange:
@@ -160,18 +212,20 @@ class Exchange:
         self._reader: JsonAnswer | EventStream | None = None
         self._decoder: Decoder | None = None
         self._refused = False
-        self._bytes_left: int | None = None
+        self._bytes_left = _UNKNOWN
+        self._stream = False
 
     @property
     def stream(self) -> bool:
         """Whether the caller asked for a stream."""
-        return self._request.stream
+        return self._stream
 
     def begin(self, headers: Headers, body: bytes) -> Ask | Answer:
         """Read a request; return what to reserve for it, or the answer if it cannot be one."""
         try:
-            self._identity = self.account.identity = read_identity(headers)
-            if any(name == b"content-encoding" for name, _ in headers):
+            fields = _Fields(headers)
+            self._identity = self.account.identity = fields.identity()
+            if fields.encoded:
                 return refusal.problem(
                     415, "a body with a content-encoding is not read; send it plain", "invalid_request_error",
                     "unsupported_content_encoding", "content-encoding",
@@ -180,18 +234,20 @@ class Exchange:
         except InvalidValue as error:
             return refusal.error_answer(error)
         self._body = body
-        self._forwarded = forwarded_headers(headers, self._terms.credentials, self.account.request_id)
-        self._estimate = self._terms.estimator.estimate(
-            request.model,
+        self._forwarded = fields.forwarded(self._terms.credentials, self.account.request_id)
+        model = request.model
+        prompt, total = self._estimate = self._terms.estimator.estimate(
+            model,
             self._identity.user,
             text_bytes=request.text_bytes,
             extra_tokens=request.extra_tokens,
             choices=request.choices,
             output_cap=request.output_cap,
         )
-        self.account.model, self.account.stream = request.model, request.stream
-        self.account.estimate = self._estimate.total
-        return Ask(self._identity, request.model, *self._estimate)
+        self._stream = request.stream
+        self.account.model, self.account.stream = model, self._stream
+        self.account.estimate = total
+        return tuple.__new__(Ask, (self._identity, model, prompt, total))  # PERF: half of what its own takes
 
     def reserved(self, reserved: Reservation | Decision) -> UpstreamRequest | Answer:
         """Take in what came of reserving; return the request to forward, or the refusal."""
@@ -200,32 +256,35 @@ class Exchange:
             return refusal.refuse(reserved, self._terms.jitter())
         self._reservation = reserved
         self.account.admitted = True
-        body = self._request.body_with_usage() if self._adds_usage else self._body
-        headers = [*self._forwarded, (b"content-type", b"application/json")]
-        return UpstreamRequest("POST", CHAT_PATH, headers, body, stream=self._request.stream)
+        body = self._request.body_with_usage() if self._adds_usage() else self._body
+        return UpstreamRequest("POST", CHAT_PATH, [*self._forwarded, refusal.JSON], body, self._stream)
 
-    @property
     def _adds_usage(self) -> bool:
-        return self._terms.ask_for_usage and self._request.stream and not self._request.asks_for_usage
+        return self._stream and self._terms.ask_for_usage and not self._request.asks_for_usage
 
     def answered(self, status: int, headers: Headers) -> Head:
         """Take in the head of the provider's answer; return the head to pass on."""
         self.account.upstream_status = status
-        fields = dict(headers)
-        encoding = fields.get(b"content-encoding", b"identity").strip().lower()
+        encoding, length, content_type = b"identity", b"", b""
+        for name, value in headers:
+            if name == b"content-length":
+                length = value
+            elif name == b"content-type":
+                content_type = value
+            elif name == b"content-encoding":
+                encoding = value.strip().lower()
         self._refused = status >= 300  # a redirect has run no model either
-        if (length := fields.get(b"content-length", b"")).isdigit():
+        if len(length) <= _MOST_DIGITS and length.isdigit():
             self._bytes_left = int(length)
-        self._decoder = decoder_for(encoding)
+        if encoding != b"identity":
+            self._decoder = decoder_for(encoding)
         readable = encoding == b"identity" or self._decoder is not None
-        if readable and fields.get(b"content-type", b"").lower().startswith(b"text/event-stream"):
-            self._reader = EventStream(swallow_usage=self._adds_usage)
-        else:
-            self._reader = JsonAnswer()
-        changed = self._decoder is not None or isinstance(self._reader, EventStream)
-        passed = returned_headers(headers, drop_length=changed, drop_encoding=self._decoder is not None)
+        events = readable and content_type.lower().startswith(b"text/event-stream")
+        self._reader = EventStream(swallow_usage=self._adds_usage()) if events else JsonAnswer()
+        changed = events or self._decoder is not None
+        passed = returned_headers(headers, changed, self._decoder is not None)
         if self._reservation is not None:
-            passed += refusal.limit_headers(self._reservation.decision)
+            passed += self._reservation.limit_headers()
         return Head(status, passed)
 
     def feed(self, chunk: bytes) -> bytes:
@@ -234,8 +293,8 @@ class Exchange:
         Raises:
             UpstreamError: The piece cannot be decoded.
         """
-        if self._bytes_left is not None:
-            self._bytes_left -= len(chunk)
+        if self._bytes_left != _UNKNOWN:
+            self._bytes_left = max(0, self._bytes_left - len(chunk))
         if self._decoder is not None:
             chunk = self._decoder.decode(chunk)
         return self._reader.feed(chunk) if self._reader is not None else chunk
@@ -243,7 +302,7 @@ class Exchange:
     @property
     def complete(self) -> bool:
         """Whether all bytes that the provider announced have come: then nothing is to be waited for."""
-        return self._bytes_left is not None and self._bytes_left <= 0
+        return self._bytes_left == 0
 
     def finish(self) -> End:
         """The provider's answer has come to its end.
@@ -254,7 +313,7 @@ class Exchange:
         if self._decoder is not None:
             self._decoder.finish()
         rest = self._reader.rest() if self._reader is not None else b""
-        return End(self._settlement(ended=True), rest)
+        return End(self._settlement(True, False), rest)
 
     def abort(self, error: TokenGuardError | None = None) -> End:
         """The call broke off.
@@ -263,29 +322,30 @@ class Exchange:
             error: What failed; None if the caller went away.
         """
         never_sent = isinstance(error, UpstreamError) and not error.sent
-        settlement = self._settlement(refund=never_sent)
+        settlement = self._settlement(False, never_sent)
         if settlement is not None and self.account.failure is None:
             self.account.failure = "the caller went away" if error is None else str(error)
         if error is None or self._reader is not None:
             return End(settlement)
         return End(settlement, answer=refusal.error_answer(error))
 
-    def _settlement(self, *, ended: bool = False, refund: bool = False) -> Settlement | None:
+    def _settlement(self, ended: bool, refund: bool) -> Settlement | None:
         reservation, self._reservation = self._reservation, None
         if reservation is None:
             return None
         if refund or self._refused:
-            return Settlement(reservation, self.account, 0)
+            return Settlement(self, reservation, 0)
         if self._reader is None:
-            return Settlement(reservation, self.account, None)
+            return Settlement(self, reservation, None)
         if usage := self._reader.final_usage(ended=ended):
-            return Settlement(reservation, self.account, usage.total, partial(self._learn, usage))
+            return Settlement(self, reservation, usage.total, usage)
         if streamed := self._reader.streamed_tokens:
             told = self._reader.usage or Usage(self._estimate.prompt, 0, 0)
-            return Settlement(reservation, self.account, max(told.total, told.prompt + streamed))
-        return Settlement(reservation, self.account, None)
+            return Settlement(self, reservation, max(told.total, told.prompt + streamed))
+        return Settlement(self, reservation, None)
 
-    def _learn(self, usage: Usage) -> None:
+    def learn(self, usage: Usage) -> None:
+        """Take in what the estimate should have been."""
         request = self._request
         self._terms.estimator.learn(
             request.model,
@@ -297,56 +357,124 @@ class Exchange:
         )
 
 
+class _Fields:
+    """A request's header fields, sorted out in one pass.
+
+    Attributes:
+        kept: What may travel to the provider.
+        encoded: Whether the body has a content-encoding.
+    """
+
+    def __init__(self, headers: Headers) -> None:
+        self.kept: Headers = []
+        self.encoded = False
+        self._given: list[bytes | None] = [None, None, None, None]
+        self._twice: str | None = None
+        self._sort_out(headers)
+
+    def _sort_out(self, headers: Headers) -> None:
+        listed = b""
+        for field in headers:
+            name, value = field
+            meaning = _MEANINGS.get(name, _PASSED)
+            if meaning == _PASSED:
+                if not (name.startswith(b"x-") and _is_ours(name)):
+                    self.kept.append(field)
+            elif meaning < _DROPPED:
+                if self._given[meaning] is not None and self._twice is None:
+                    self._twice = _SHOWN[meaning]
+                self._given[meaning] = value
+            elif meaning == _ENCODING:
+                self.encoded = True
+                self.kept.append(field)
+            elif meaning == _CONNECTION:
+                listed += b"," + value
+        if listed:
+            self.kept = _without_listed(self.kept, listed)
+
+    def identity(self) -> Identity:
+        """Return who calls, as ``read_identity`` does."""
+        if self._twice is not None:
+            raise InvalidRequest(self._twice, f"header {self._twice} is given more than once")
+        given = tuple(self._given)
+        identity = _known.get(given)
+        if identity is None:
+            identity = _identity_of(given)
+            if all([value is None or len(value) <= MAX_ID_BYTES for value in given]):  # they may be padded
+                while len(_known) >= MAX_KNOWN:
+                    _known.pop(next(iter(_known)), None)
+                _known[given] = identity
+        return identity
+
+    def forwarded(self, credentials: Headers, request_id: str) -> Headers:
+        """Return what travels to the provider, as ``forwarded_headers`` does."""
+        kept = self.kept
+        kept.append((REQUEST_ID, request_id.encode()))
+        kept.append(_PLAIN)
+        kept.extend(credentials)
+        return kept
+
+
 def read_identity(headers: Headers) -> Identity:
     """Return who calls.
 
     Raises:
         InvalidRequest: A field is malformed or given twice, or the user is missing.
     """
-    found: dict[str, str] = {}
-    for name, value in headers:
-        if (part := IDENTITY_HEADERS.get(name)) is None:
-            continue
-        shown = name.decode()
-        if part in found:
-            raise InvalidRequest(shown, f"header {shown} is given more than once")
+    return _Fields(headers).identity()
+
+
+def _identity_of(given: tuple[bytes | None, ...]) -> Identity:
+    """Return who has been given, each part as its field says."""
+    parts: list[str | None] = []
+    for shown, value in zip(_SHOWN, given, strict=True):
         try:
-            found[part] = checked_name(shown, value.strip(b" \t").decode())
+            parts.append(None if value is None else checked_name(shown, value.strip(b" \t").decode()))
         except UnicodeDecodeError:
-            raise InvalidRequest(shown, f"header {shown} must be UTF-8, got {value[:80]!r}") from None
-    if "user" not in found:
+            raise InvalidRequest(shown, f"header {shown} must be UTF-8, got {(value or b'')[:80]!r}") from None
+    user, *others = parts
+    if user is None:
         raise InvalidRequest("x-user-id", "header x-user-id is required: it names the user who calls")
-    return Identity(**found)
+    return Identity(user, *others)
 
 
 def forwarded_headers(headers: Headers, credentials: Headers, request_id: str) -> Headers:
     """Return what travels to the provider: the caller's fields but those between us two, and our credentials."""
-    dropped = _NOT_TO_UPSTREAM | _listed_in_connection(headers)
-    kept = [
-        (name, value)
-        for name, value in headers
-        if name not in dropped and not name.startswith((b"x-forwarded-", b"x-tokenguard-"))
-    ]
-    return [*kept, (REQUEST_ID, request_id.encode()), (b"accept-encoding", b"identity"), *credentials]
+    return _Fields(headers).forwarded(credentials, request_id)
 
 
-def returned_headers(headers: Headers, *, drop_length: bool, drop_encoding: bool) -> Headers:
+def _is_ours(name: bytes) -> bool:
+    return name.startswith((b"x-forwarded-", b"x-tokenguard-"))
+
+
+def returned_headers(headers: Headers, drop_length: bool, drop_encoding: bool) -> Headers:
     """Return what travels back to the caller; the provider's own limits and id under names of their own."""
-    dropped = _NOT_TO_CALLER | _listed_in_connection(headers)
+    kept = []
+    listed = b""
+    for field in headers:
+        name, value = field
+        shown = _RETURNED.get(name, name)
+        if shown is name:
+            if name.startswith(b"x-ratelimit-"):
+                field = (b"x-upstream" + name[1:], value)
+            kept.append(field)
+        elif shown:
+            kept.append((shown, value))
+        elif name == b"connection":
+            listed += b"," + value
     if drop_length:
-        dropped |= {b"content-length"}
+        listed += b",content-length"
     if drop_encoding:
-        dropped |= {b"content-encoding"}
-    return [
-        (b"x-upstream" + name[1:] if name == REQUEST_ID or name.startswith(b"x-ratelimit-") else name, value)
-        for name, value in headers
-        if name not in dropped
-    ]
+        listed += b",content-encoding"
+    return _without_listed(kept, listed) if listed else kept
 
 
-def _listed_in_connection(headers: Headers) -> frozenset[bytes]:
-    listed = (value.lower().split(b",") for name, value in headers if name == b"connection")
-    return frozenset(name.strip() for names in listed for name in names)
+def _without_listed(headers: Headers, listed: bytes) -> Headers:
+    """Return the fields that fields named ``connection`` do not say are for one hop alone."""
+    if listed in (b",keep-alive", b",close"):  # PERF: the common cases, which name no field that would travel
+        return headers
+    dropped = frozenset([name.strip() for name in listed.lower().split(b",")])
+    return [field for field in headers if field[0] not in dropped]
 
 
 MAX_PIECE_BYTES = 2**24
@@ -409,9 +537,6 @@ class Decoder:
 
 def decoder_for(encoding: bytes) -> Decoder | None:
     """Return what decodes a content-encoding; None for none, and for one that is passed on as it is."""
-    match encoding:
-        case b"gzip" | b"x-gzip":
-            return Decoder(gzip=True)
-        case b"deflate":
-            return Decoder(gzip=False)
-    return None
+    if encoding in (b"gzip", b"x-gzip"):
+        return Decoder(gzip=True)
+    return Decoder(gzip=False) if encoding == b"deflate" else None

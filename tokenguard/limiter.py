@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+from tokenguard import limit_fields
 from tokenguard._bucket import Outcome
 from tokenguard.backends import Backend, Handle
 from tokenguard.errors import AlreadySettled, StaleHandle
-from tokenguard.model import BucketState, Decision, Identity
+from tokenguard.model import BucketState, Decision, Headers, Identity
 from tokenguard.plan import Plan, Plans
 
 _TRIES = 8
@@ -22,8 +23,6 @@ class Reservation:
         costs: What was taken from each.
     """
 
-    __slots__ = ("_open", "_outcome", "costs", "plan")
-
     def __init__(self, plan: Plan, costs: tuple[int, ...], outcome: Outcome) -> None:
         self.plan = plan
         self.costs = costs
@@ -35,16 +34,25 @@ class Reservation:
         """The decision that allowed it: every bucket as the reserve left it."""
         return _decision(self.plan, self._outcome)
 
+    def limit_headers(self) -> Headers:
+        """Return the ``x-ratelimit-*`` fields of the call: of each meter's tightest bucket, as the reserve left it."""
+        plan, outcome = self.plan, self._outcome
+        headers: Headers = []
+        levels = [outcome.level(i) for i in range(len(plan.budgets))]
+        for i in limit_fields.tightest(plan.groups, levels):
+            meter = plan.budgets[i].name.meter
+            limit_fields.add_fields(headers, meter, outcome.limit(i), outcome.level(i), outcome.full_in_us(i))
+        return headers
+
     def close(self) -> None:
         """Mark it as dealt with.
 
         Raises:
             AlreadySettled: It has been before.
         """
-        try:
-            del self._open  # atomic, where reading and writing a flag is not: of two threads one gets through
-        except AttributeError:
-            raise AlreadySettled("the reservation has been settled or refunded before") from None
+        if not self._open:
+            raise AlreadySettled("the reservation has been settled or refunded before")
+        self._open = False  # compiled, nothing can come in between: of two threads one gets through
 
     def close_at(self, tokens: int) -> tuple[Handle, tuple[int, ...]]:
         """Mark it as dealt with; return how to settle it at what the call took: the handle and the deltas.
@@ -180,17 +188,22 @@ class Limiter:
         return _decision(plan, self._backend.peek(plan.handle, now_us)).buckets
 
 
-def _decision(plan: Plan, outcome: Outcome) -> Decision:
-    buckets = tuple(
-        BucketState(
-            name=budget.name,
-            limit=outcome.limit(i),
-            level=outcome.level(i),
-            cost=outcome.cost(i),
-            wait_us=outcome.wait_us(i),
-            full_in_us=outcome.full_in_us(i),
-        )
-        for i, budget in enumerate(plan.budgets)
+def _state(plan: Plan, outcome: Outcome, i: int) -> BucketState:
+    """Return one bucket of a plan as an outcome tells it."""
+    return tuple.__new__(
+        BucketState,
+        (
+            plan.budgets[i].name,
+            outcome.limit(i),
+            outcome.level(i),
+            outcome.cost(i),
+            outcome.wait_us(i),
+            outcome.full_in_us(i),
+        ),
     )
+
+
+def _decision(plan: Plan, outcome: Outcome) -> Decision:
+    buckets = tuple([_state(plan, outcome, i) for i in range(len(plan.budgets))])
     binding = None if outcome.allowed else buckets[outcome.binding]
     return Decision(outcome.allowed, outcome.retry_after_us, binding, buckets)

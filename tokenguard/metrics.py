@@ -10,9 +10,7 @@ Source: https://prometheus.io/docs/practices/naming/
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -78,58 +76,64 @@ class Metrics:
         table = backend.table
         self._registry = CollectorRegistry()
         self._registry.register(NodeCollector(backend))
-        self._count = {name: _tally(table, name).add for name in (*_COUNTERS, *_GAUGES)}
-        self._histograms = {name: _Histogram(table, name, bounds) for name, (bounds, _) in _HISTOGRAMS.items()}
-
-        @cache
-        def labelled(name: str, *labels: str) -> Tally:
-            return _tally(table, name, *labels)
-
-        self._labelled = labelled
+        counts = {name: _tally(table, name) for name in (*_COUNTERS, *_GAUGES)}
+        self._in_flight = counts["calls_in_flight"]
+        self._open = counts["reservations_open"]
+        self._reserved = counts["tokens_reserved"]
+        self._settled = counts["tokens_settled"]
+        self._refunded = counts["tokens_refunded"]
+        self._overrun = counts["tokens_overrun"]
+        self._lost = counts["settlements_lost"]
+        self._failures = counts["upstream_failures"]
+        self._seconds = _Histogram(table, "upstream_seconds")
+        self._ratio = _Histogram(table, "estimate_ratio")
+        self._requests = _Labelled(table, "requests")
+        self._refusals = _Labelled(table, "refusals")
+        self._answers = _Labelled(table, "upstream_answers")
 
     def answered(self, route: str | None, status: int) -> None:
         """Count a request of any kind; ``route`` is None for a path that is not there."""
-        self._labelled("requests", route or "other", str(status)).add()
+        self._requests.of((route or "other", status)).add()
 
     def began(self) -> None:
         """Count a call that has begun."""
-        self._count["calls_in_flight"](1)
+        self._in_flight.add()
 
     def admitted(self, account: Account) -> None:
         """Count a reservation."""
-        self._count["reservations_open"](1)
-        self._count["tokens_reserved"](account.estimate)
+        self._open.add()
+        self._reserved.add(account.estimate)
 
     def settled(self, account: Account) -> None:
         """Count what became of a reservation."""
-        self._count["reservations_open"](-1)
+        self._open.add(-1)
         unused = account.estimate - account.charged
-        self._count["tokens_settled"](account.charged)
+        self._settled.add(account.charged)
         if unused > 0:
-            self._count["tokens_refunded"](unused)
+            self._refunded.add(unused)
         elif unused < 0:
-            self._count["tokens_overrun"](-unused)
+            self._overrun.add(-unused)
         if account.usage_told and account.estimate:
-            self._histograms["estimate_ratio"].observe(account.charged / account.estimate)
+            self._ratio.observe(account.charged / account.estimate)
 
     def settlement_lost(self) -> None:
         """Count a settlement that could not be carried out."""
-        self._count["settlements_lost"](1)
+        self._lost.add()
 
     def upstream_answered(self, account: Account) -> None:
         """Count the head of the provider's answer."""
-        self._labelled("upstream_answers", str(account.upstream_status)).add()
-        self._histograms["upstream_seconds"].observe(account.upstream_s or 0.0)
+        self._answers.of((account.upstream_status,)).add()
+        self._seconds.observe(account.upstream_s or 0.0)
 
     def upstream_failed(self) -> None:
         """Count a failure of the provider."""
-        self._count["upstream_failures"](1)
+        self._failures.add()
 
     def ended(self, account: Account) -> None:
         """Count a call that is over."""
-        self._count["calls_in_flight"](-1)
+        self._in_flight.add(-1)
         if (bucket := account.refused_by) is not None:
-            self._labelled("refusals", bucket.scope.kind, bucket.meter.value).add()
+            self._refusals.of((bucket.scope.kind, bucket.meter.value)).add()
 
     def exposition(self, accept: str | None) -> tuple[str, bytes]:
         """Return the content type and the text of all metrics, in the format that is asked for."""
@@ -137,18 +141,40 @@ class Metrics:
         return content_type, encode(self._registry)
 
 
+class _Labelled:
+    """The tallies of one name, by the values of its labels; no label comes from a caller, so there are not many."""
+
+    def __init__(self, table: BucketTable, name: str) -> None:
+        self._table = table
+        self._name = name
+        self._tallies: dict[tuple[object, ...], Tally] = {}
+
+    def of(self, labels: tuple[object, ...]) -> Tally:
+        """Return what counts under some values."""
+        tally = self._tallies.get(labels)
+        if tally is None:
+            tally = self._tallies[labels] = _tally(self._table, self._name, *map(str, labels))
+        return tally
+
+
 class _Histogram:
     """Counts how often a value was within each of some bounds, and adds the values up in millionths."""
 
-    def __init__(self, table: BucketTable, name: str, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._tallies = [_tally(table, name, bound) for bound in _bounds_of(bounds)]
+    def __init__(self, table: BucketTable, name: str) -> None:
+        self._bounds, _ = _HISTOGRAMS[name]
+        self._tallies = [_tally(table, name, bound) for bound in _bounds_of(self._bounds)]
         self._sum = _tally(table, name, "sum")
 
     def observe(self, value: float) -> None:
-        """Count a value."""
-        self._tallies[bisect_left(self._bounds, value)].add()
-        self._sum.add(round(value * _MILLION))
+        """Count a value, which is at least 0."""
+        within = 0
+        for bound in self._bounds:
+            if value <= bound:
+                break
+            within += 1
+        tally = self._tallies[within]
+        tally.add()
+        self._sum.add(int(value * _MILLION + 0.5))
 
 
 def _bounds_of(bounds: tuple[float, ...]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 from typing import NamedTuple
@@ -183,24 +182,23 @@ Headers = list[tuple[bytes, bytes]]
 """HTTP header fields: names in lower case, in the order they came."""
 
 
-@dataclass(frozen=True, slots=True)
 class Answer:
     """A whole HTTP answer of our own."""
 
-    status: int
-    headers: Headers
-    body: bytes
+    def __init__(self, status: int, headers: Headers, body: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
 
 
-@dataclass(frozen=True, slots=True)
 class Head:
     """The status and header fields of an answer whose body follows in pieces."""
 
-    status: int
-    headers: Headers
+    def __init__(self, status: int, headers: Headers) -> None:
+        self.status = status
+        self.headers = headers
 
 
-@dataclass(frozen=True, slots=True)
 class UpstreamRequest:
     """A request to the provider.
 
@@ -212,8 +210,9 @@ class UpstreamRequest:
         stream: Whether the caller asked for a stream.
     """
 
-    method: str
-    path: str
-    headers: Headers
-    body: bytes
-    stream: bool = False
+    def __init__(self, method: str, path: str, headers: Headers, body: bytes, stream: bool = False) -> None:
+        self.method = method
+        self.path = path
+        self.headers = headers
+        self.body = body
+        self.stream = stream

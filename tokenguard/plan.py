@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from tokenguard.backends import Backend, Handle
+from tokenguard.limit_fields import by_meter
 from tokenguard.model import BucketName, Budget, Identity, Meter, Scale, Scope
 
 MAX_PLANS = 8192
@@ -18,14 +19,14 @@ class Plan:
     Attributes:
         budgets: What limits the call, in the order of the hierarchy.
         handle: The backend's.
+        groups: Their numbers, those of one meter together.
     """
-
-    __slots__ = ("_counts_tokens", "_small", "budgets", "handle")
 
     def __init__(self, budgets: Sequence[Budget], handle: Handle) -> None:
         self.budgets = tuple(budgets)
         self.handle = handle
-        self._counts_tokens = tuple(budget.name.meter is Meter.TOKENS for budget in budgets)
+        self.groups = by_meter([budget.name.meter for budget in self.budgets])
+        self._counts_tokens = tuple([budget.name.meter is Meter.TOKENS for budget in self.budgets])
         self._small = min(
             (_half(budget.scale) for budget, tokens in zip(budgets, self._counts_tokens, strict=True) if tokens),
             default=0,
@@ -46,14 +47,16 @@ class Plan:
         if total <= self._small:  # PERF: the common case; row "Limiter" of test_bench_bucket
             return tuple([total if tokens else 1 for tokens in self._counts_tokens])
         return tuple(
-            _token_cost(budget.scale, prompt, total) if tokens else 1
-            for budget, tokens in zip(self.budgets, self._counts_tokens, strict=True)
+            [
+                _token_cost(budget.scale, prompt, total) if tokens else 1
+                for budget, tokens in zip(self.budgets, self._counts_tokens, strict=True)
+            ]
         )
 
     def deltas(self, costs: tuple[int, ...], tokens: int) -> tuple[int, ...]:
         """Return what each bucket is still owed once a call took ``tokens``; requests stay counted."""
         counted = self._counts_tokens
-        return tuple([tokens - cost if counts else 0 for cost, counts in zip(costs, counted, strict=True)])
+        return tuple([tokens - costs[i] if counted[i] else 0 for i in range(len(counted))])
 
 
 def _half(scale: Scale) -> int:
@@ -98,7 +101,7 @@ class Plans:
         explicit = self._backend.on(scope)
         if not explicit:  # PERF: most users have no budget of their own
             return [default] if default else []
-        binding = {budget.name: budget for budget in explicit if budget.name.model in (None, model)}
+        binding = {budget.name: budget for budget in explicit if budget.name.model is None or budget.name.model == model}
         if default:
             binding.setdefault(default.name, default)
         return sorted(

@@ -6,7 +6,6 @@ Source: https://platform.openai.com/docs/guides/rate-limits and the retry rules 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 from tokenguard.errors import (
     BackendDown,
@@ -23,7 +22,8 @@ from tokenguard.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from tokenguard.model import NEVER_US, Answer, BucketState, Decision, Headers, Meter
+from tokenguard.limit_fields import add_fields, by_meter, duration, tightest
+from tokenguard.model import NEVER_US, Answer, BucketState, Decision, Headers
 from tokenguard.providers.openai import error_body
 
 JSON = (b"content-type", b"application/json")
@@ -59,21 +59,10 @@ def refuse(decision: Decision, jitter: float) -> Answer:
             "buckets": [_bucket(state) for state in decision.buckets],
         },
     )
-    tightest = {binding.name.meter: binding, **_tightest(decision, but=binding.name.meter)}
-    return Answer(
-        429,
-        [
-            JSON,
-            *_retry_headers(wait_us, worthwhile=decision.retry_after_us <= RETRY_WORTHWHILE_US),
-            *_limit_headers(tightest.values()),
-        ],
-        body,
-    )
-
-
-def limit_headers(decision: Decision) -> Headers:
-    """Return the ``x-ratelimit-*`` fields of an allowed call: of each meter's tightest bucket."""
-    return _limit_headers(_tightest(decision).values())
+    headers = [JSON, *_retry_headers(wait_us, worthwhile=decision.retry_after_us <= RETRY_WORTHWHILE_US)]
+    for state in _tightest(decision, binding):
+        add_fields(headers, state.name.meter, state.limit, state.level, state.full_in_us)
+    return Answer(429, headers, body)
 
 
 def error_answer(error: TokenGuardError) -> Answer:
@@ -155,25 +144,11 @@ def _retry_headers(wait_us: int, *, worthwhile: bool) -> Headers:
     return headers
 
 
-def _tightest(decision: Decision, but: Meter | None = None) -> dict[Meter, BucketState]:
-    """Return for each meter the bucket with the least in it, the first of equals."""
-    tightest: dict[Meter, BucketState] = {}
-    for state in decision.buckets:
-        meter = state.name.meter
-        if meter is not but and (meter not in tightest or state.level < tightest[meter].level):
-            tightest[meter] = state
-    return tightest
-
-
-def _limit_headers(states: Iterable[BucketState]) -> Headers:
-    headers: Headers = []
-    for state in states:
-        meter = state.name.meter.encode()
-        headers.append((b"x-ratelimit-limit-" + meter, b"%d" % state.limit))
-        headers.append((b"x-ratelimit-remaining-" + meter, b"%d" % state.remaining))
-        if state.full_in_us < NEVER_US:
-            headers.append((b"x-ratelimit-reset-" + meter, duration(state.full_in_us).encode()))
-    return headers
+def _tightest(decision: Decision, binding: BucketState) -> list[BucketState]:
+    """Return the binding bucket, and of each other meter the one with the least in it."""
+    others = [state for state in decision.buckets if state.name.meter is not binding.name.meter]
+    groups = by_meter([state.name.meter for state in others])
+    return [binding, *(others[i] for i in tightest(groups, [state.level for state in others]))]
 
 
 def _bucket(state: BucketState) -> dict[str, object]:
@@ -194,14 +169,3 @@ def _bucket(state: BucketState) -> dict[str, object]:
 
 def _ms(wait_us: int) -> int | None:
     return None if wait_us >= NEVER_US else math.ceil(wait_us / 1000)
-
-
-def duration(us: int) -> str:
-    """Return a time as the provider writes it, rounded up to the millisecond: 12ms, 8.64s, 6m0s, 1h0m2s."""
-    ms = math.ceil(us / 1000)
-    if ms < 1000:
-        return f"{ms}ms"
-    minutes, ms = divmod(ms, 60_000)
-    hours, minutes = divmod(minutes, 60)
-    seconds = f"{ms / 1000:.3f}".rstrip("0").rstrip(".") + "s"
-    return (f"{hours}h" if hours else "") + (f"{minutes}m" if hours or minutes else "") + seconds

@@ -217,7 +217,8 @@ def test_request_that_cannot_be_read_is_answered_with_what_is_wrong(body, param)
     error = json.loads(answer.body)["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert param is None or error["param"] == param
-    assert call.exchange.abort() == (None, b"", None)
+    end = call.exchange.abort()
+    assert (end.settlement, end.rest, end.answer) == (None, b"", None)
 
 
 @pytest.mark.parametrize("encoding", [b"gzip", b"br", b"zstd"])

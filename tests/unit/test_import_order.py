@@ -14,7 +14,7 @@ FLOORS = [
     {"exchange", "provider_limits", "upstream", "config", "demo"},
     {"limiter", "budgets", "estimate", "providers", "refusal", "metrics", "logs"},
     {"plan", "backends"},
-    {"_bucket", "arithmetic"},
+    {"_bucket", "arithmetic", "limit_fields"},
     {"model", "errors", "jsontext", "account", "_version", ""},
 ]
 """The rooms of DESIGN section 3, from the roof down; "" is the package itself: its version, and public names."""

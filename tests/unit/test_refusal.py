@@ -23,8 +23,9 @@ from tokenguard.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
+from tokenguard.limit_fields import duration
 from tokenguard.model import NEVER_US, BucketState, Decision, Meter
-from tokenguard.refusal import duration, error_answer, limit_headers, problem, refuse
+from tokenguard.refusal import error_answer, problem, refuse
 
 GO_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
 
@@ -299,7 +300,7 @@ def test_success_shows_the_tightest_bucket_of_each_meter():
     house = House({"global": grant(10_000, 50), "team": grant(500, 5), "user": grant(500, 1)})
     house.set("user:alice", grant(20, 1), Meter.REQUESTS)
 
-    headers = dict(limit_headers(house.taken(100).decision))
+    headers = dict(house.taken(100).limit_headers())
 
     assert headers == {
         b"x-ratelimit-limit-tokens": b"500",
@@ -313,8 +314,7 @@ def test_success_shows_the_tightest_bucket_of_each_meter():
 
 def test_call_without_limits_has_no_limits_to_show():
     """Where nothing limits a call there are no such headers."""
-    assert limit_headers(House().taken(100).decision) == []
-    assert limit_headers(Decision(True, 0, None, House().limiter.peek(ALICE, MODEL, NOW_US))) == []
+    assert House().taken(100).limit_headers() == []
 
 
 # --- durations ----------------------------------------------------------------------------------------------

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
-from time import perf_counter
-from typing import NamedTuple
 from urllib.parse import quote
 
 from tokenguard import refusal
@@ -31,7 +30,7 @@ _TELLING = {**dict.fromkeys((301, 302, 303, 307, 308), _REDIRECTS), **dict.fromk
 """Answers that speak of our configuration rather than of the call."""
 
 
-class Guard(NamedTuple):
+class Guard:
     """What guards all calls.
 
     Attributes:
@@ -43,12 +42,21 @@ class Guard(NamedTuple):
         caller_timeout_s: How long a caller may take to send, or to take, the next piece.
     """
 
-    limiter: Limiter
-    terms: Terms
-    metrics: Metrics
-    log: Callable[[Account], None] | None
-    max_body_bytes: int
-    caller_timeout_s: float
+    def __init__(
+        self,
+        limiter: Limiter,
+        terms: Terms,
+        metrics: Metrics,
+        log: Callable[[Account], None] | None,
+        max_body_bytes: int,
+        caller_timeout_s: float,
+    ) -> None:
+        self.limiter = limiter
+        self.terms = terms
+        self.metrics = metrics
+        self.log = log
+        self.max_body_bytes = max_body_bytes
+        self.caller_timeout_s = caller_timeout_s
 
 
 class Call:
@@ -62,7 +70,7 @@ class Call:
         self.exchange = Exchange(guard.terms, request_id)
         self.account = self.exchange.account
         self._guard = guard
-        self._began_s = perf_counter()
+        self._began_s = time.perf_counter()
         self._forwarded_s = 0.0
         self._over = False
         guard.metrics.began()
@@ -70,19 +78,22 @@ class Call:
     def begin(self, headers: Headers, body: bytes) -> UpstreamRequest | Answer:
         """Read a request and reserve for it; return what to forward, or the answer."""
         asked = self.exchange.begin(headers, body)
-        return asked if isinstance(asked, Answer) else self.reserved(self._guard.limiter.reserve(*asked))
+        if isinstance(asked, Answer):
+            return asked
+        identity, model, prompt, total = asked
+        return self.reserved(self._guard.limiter.reserve(identity, model, prompt, total))
 
     def reserved(self, reserved: Reservation | Decision) -> UpstreamRequest | Answer:
         """Take in what came of reserving; return what to forward, or the refusal."""
         forward = self.exchange.reserved(reserved)
         if self.account.admitted:
             self._guard.metrics.admitted(self.account)
-        self._forwarded_s = perf_counter()
+        self._forwarded_s = time.perf_counter()
         return forward
 
     def answered(self, status: int, headers: Headers) -> Head:
         """Take in the head of the provider's answer; return the head to pass on."""
-        self.account.upstream_s = perf_counter() - self._forwarded_s
+        self.account.upstream_s = time.perf_counter() - self._forwarded_s
         head = self.exchange.answered(status, headers)
         self._guard.metrics.upstream_answered(self.account)
         if status in _TELLING:
@@ -126,7 +137,7 @@ class Call:
             return
         self._over = True
         self.leave()
-        self.account.seconds = perf_counter() - self._began_s
+        self.account.seconds = time.perf_counter() - self._began_s
         self._guard.metrics.ended(self.account)
         if self._guard.log is not None:
             self._guard.log(self.account)
@@ -155,8 +166,8 @@ class Call:
                     self._guard.metrics.settlement_lost()
                     self._warn(f"{error}: the reservation stays spent")
             else:
-                return settlement.settled(forgiven)
-        return None
+                settlement.settled(forgiven)
+                break
 
     def _warn(self, what: str) -> None:
         _log.warning("%s (request %s)", what, self.account.request_id)

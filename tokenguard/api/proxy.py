@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from falcon.asgi import Request, Response
 
 from tokenguard import refusal
-from tokenguard.api.call import CALL, Call, Guard, path_of
+from tokenguard.api.call import CALL, CallSoon, Guard, path_of
 from tokenguard.api.wire import GONE, CallerGone, headers_of, read_body, request_id_of, set_headers, write
 from tokenguard.errors import BodyTimeout, UpstreamError
-from tokenguard.exchange import REQUEST_ID, Settlement, Terms, forwarded_headers, returned_headers
+from tokenguard.exchange import REQUEST_ID, Terms, forwarded_headers, returned_headers
 from tokenguard.model import Answer, Headers, UpstreamRequest
 from tokenguard.upstream import Upstream, UpstreamResponse
 
@@ -69,7 +69,7 @@ class ChatCompletions:
         return None
 
 
-class AsgiCall(Call):
+class AsgiCall(CallSoon):
     """A call that, after ``open``, is the stream of its response's body.
 
     A caller who hangs up ends a stream at once, and the provider's with it. A call that is not streamed runs
@@ -87,7 +87,6 @@ class AsgiCall(Call):
         self._watcher: asyncio.Task[None] | None = None
         self._waits = False
         self._caller_gone = False
-        self._settling: asyncio.Future[int] | None = None
         self._patience: asyncio.TimerHandle | None = None
         self._done = False
         self.stalled = False
@@ -165,26 +164,10 @@ class AsgiCall(Call):
         if response is not None:
             await response.close()
 
-    def _settle(self, settlement: Settlement | None) -> None:
-        """Carry out a settlement; where that takes a while, ``_settled`` waits for it."""
-        if settlement is None or settlement.tokens is None or not self._guard.limiter.waits:
-            return super()._settle(settlement)
-
-        def settled(settling: asyncio.Future[int]) -> None:
-            settlement.settled(0 if settling.cancelled() else settling.result())
-            self._guard.metrics.settled(self.account)
-
-        self._settling = self._guard.limiter.settle_soon(settlement.reservation, settlement.tokens)
-        if self._settling.done():
-            settled(self._settling)
-        else:
-            self._settling.add_done_callback(settled)
-        return None
-
     async def _settled(self) -> None:
         """Wait until the buckets are up to date: whoever has the answer may look."""
-        if self._settling is not None:
-            await self._settling
+        if self.settling is not None:
+            await self.settling
 
     def _await_caller(self) -> None:
         """Give up a caller who does not take what was passed on: it holds a connection to the provider."""

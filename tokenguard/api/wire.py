@@ -16,7 +16,8 @@ from falcon import HTTPError, Request, Response, http_status_to_code
 
 from tokenguard import refusal
 from tokenguard.account import Account
-from tokenguard.errors import BackendDown, BodyTooLarge, TokenGuardError
+from tokenguard.api.call import answer_to
+from tokenguard.errors import BodyTooLarge, TokenGuardError
 from tokenguard.exchange import IDENTITY_HEADERS, REQUEST_ID
 from tokenguard.metrics import Metrics
 from tokenguard.model import Answer, Headers
@@ -269,10 +270,7 @@ def _awaited(handler: Callable[..., None]) -> Callable[..., Any]:
 
 def _on_tokenguard_error(req: Request, resp: Response, error: TokenGuardError, params: object) -> None:
     """Answer an error of ours; log it if it is not the caller's."""
-    answer = refusal.error_answer(error)
-    if answer.status >= 500 and not isinstance(error, BackendDown):  # the backend logs its beginning and its end
-        _log.warning("%s (request %s)", error, _request_id(req))
-    write(resp, answer)
+    write(resp, answer_to(error, _request_id(req)))
 
 
 def _on_http_error(req: Request, resp: Response, error: HTTPError, params: object) -> None:

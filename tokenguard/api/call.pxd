@@ -1,0 +1,51 @@
+"""The call in C: what a driver in C may use of it without asking Python."""
+
+cimport cpython.time as time
+cimport cython
+from tokenguard.account cimport Account
+from tokenguard.exchange cimport End, Exchange, Settlement, Terms
+from tokenguard.limiter cimport Limiter, Reservation
+from tokenguard.metrics cimport Metrics
+from tokenguard.model cimport Answer, Head
+
+
+@cython.final
+cdef class Guard:
+    cdef readonly Limiter limiter
+    cdef readonly Terms terms
+    cdef readonly Metrics metrics
+    cdef readonly object log
+    cdef readonly long long max_body_bytes
+    cdef readonly double caller_timeout_s
+
+
+cdef class Call:
+    cdef public Exchange exchange
+    cdef readonly Account account
+    cdef readonly Guard _guard
+    cdef double _began_s
+    cdef double _forwarded_s
+    cdef bint _over
+
+    cpdef begin(self, headers, body)
+    cpdef reserved(self, reserved)
+    @cython.locals(head=Head)
+    cpdef Head answered(self, int status, headers)
+    @cython.locals(passed=bytes)
+    cpdef bytes feed(self, bytes chunk)
+    @cython.locals(end=End)
+    cpdef Answer failed(self, error)
+    cpdef bytes finish(self)
+    cpdef leave(self)
+    cpdef over(self)
+    cdef bytes _end(self, End end)
+    cdef _settle(self, Settlement settlement)
+    @cython.locals(tries_left=cython.int)
+    cdef _settle_at(self, Settlement settlement, tokens)
+    cpdef _warn(self, what)
+
+
+cdef class CallSoon(Call):
+    cdef readonly object settling
+
+    cdef _settle(self, Settlement settlement)

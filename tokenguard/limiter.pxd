@@ -1,0 +1,38 @@
+"""Reserving and settling, in C down to the backend."""
+
+cimport cython
+cimport tokenguard.limit_fields as limit_fields
+from tokenguard._bucket cimport Outcome
+from tokenguard.plan cimport Plan
+
+cdef int _TRIES
+
+
+@cython.final
+@cython.freelist(64)
+cdef class Reservation:
+    cdef readonly Plan plan
+    cdef readonly tuple costs
+    cdef Outcome _outcome
+    cdef bint _open
+
+    @cython.locals(plan=Plan, outcome=Outcome, headers=list, levels=list, i=cython.int)
+    cpdef list limit_headers(self)
+    cpdef close(self)
+    cpdef tuple close_at(self, tokens)
+    cpdef reopen(self)
+
+
+cdef class Limiter:
+    cdef readonly bint waits
+    cdef object _backend
+    cdef object _plans
+
+    @cython.locals(tries_left=cython.int, plan=Plan, costs=tuple, outcome=Outcome)
+    cpdef reserve(self, identity, model, prompt, total, now_us=*)
+    @cython.locals(handle=object, deltas=object)
+    cpdef settle(self, Reservation reservation, tokens, now_us=*)
+
+
+cdef _state(Plan plan, Outcome outcome, int i)
+cdef _decision(Plan plan, Outcome outcome)

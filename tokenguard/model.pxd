@@ -1,0 +1,27 @@
+"""What goes between a driver and an exchange, in C."""
+
+cimport cython
+
+
+@cython.final
+cdef class Answer:
+    cdef readonly int status
+    cdef readonly list headers
+    cdef readonly bytes body
+
+
+@cython.final
+@cython.freelist(64)
+cdef class Head:
+    cdef readonly int status
+    cdef readonly list headers
+
+
+@cython.final
+@cython.freelist(64)
+cdef class UpstreamRequest:
+    cdef readonly object method
+    cdef readonly object path
+    cdef readonly list headers
+    cdef readonly bytes body
+    cdef readonly bint stream
