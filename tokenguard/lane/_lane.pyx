@@ -17,16 +17,20 @@ from http import HTTPStatus
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.string cimport memcmp
 
+from tokenguard.account cimport Account
+from tokenguard.api.call cimport CallSoon, Guard
+from tokenguard.exchange cimport Exchange
+from tokenguard.limiter cimport Limiter, Reservation
+from tokenguard.metrics cimport Metrics
+from tokenguard.model cimport Answer, Head, UpstreamRequest
 from tokenguard.upstream._http cimport Framing, find_head_end, read_fields, write_message
 from tokenguard.upstream._pool cimport Pool, PooledUpstream, Receiver
 
 from tokenguard import refusal
-from tokenguard.api.call import CallSoon, answer_to
+from tokenguard.api.call import answer_to
 from tokenguard.api.wire import GONE, request_id_of
 from tokenguard.errors import BodyTimeout, TokenGuardError, UpstreamError
 from tokenguard.exchange import REQUEST_ID
-from tokenguard.limiter import Reservation
-from tokenguard.model import Answer
 from tokenguard.upstream._pool import may_be_repeated
 
 CHAT_ROUTE = "/v1/chat/completions"
@@ -42,9 +46,9 @@ cdef object log = logging.getLogger("tokenguard")
 cdef class Lane:
     """What is the same for all connections of a server."""
 
-    cdef object guard
-    cdef object limiter
-    cdef object metrics
+    cdef Guard guard
+    cdef Limiter limiter
+    cdef Metrics metrics
     cdef Pool pool
     cdef object state
     cdef object loop
@@ -54,7 +58,7 @@ cdef class Lane:
     cdef dict firsts
     cdef object dated
 
-    def __cinit__(self, guard, PooledUpstream upstream not None):
+    def __cinit__(self, Guard guard not None, PooledUpstream upstream not None):
         self.guard, self.limiter, self.metrics = guard, guard.limiter, guard.metrics
         self.pool = upstream.pool
         self.waits = guard.limiter.waits
@@ -370,9 +374,9 @@ cdef class LaneCall(Receiver):
 
     cdef Connection caller
     cdef Lane lane
-    cdef object call
-    cdef object exchange
-    cdef object account
+    cdef CallSoon call
+    cdef Exchange exchange
+    cdef Account account
     cdef bytes head
     cdef bytes held
     cdef bint headed
@@ -393,11 +397,13 @@ cdef class LaneCall(Receiver):
         try:
             asked = self.exchange.begin(self.caller.fields, body)
             if isinstance(asked, Answer):
-                self.answer(asked)
-            elif self.lane.waits:
-                Steps(self.lane.limiter.reserve_soon(*asked), self).go_on(None)
+                self.answer(<Answer>asked)
+                return 0
+            identity, model, prompt, total = asked
+            if self.lane.waits:
+                Steps(self.lane.limiter.reserve_soon(identity, model, prompt, total), self).go_on(None)
             else:
-                self.forward(self.lane.limiter.reserve(*asked))
+                self.forward(self.lane.limiter.reserve(identity, model, prompt, total))
         except Exception as error:
             self.broke(error)
         return 0
@@ -416,20 +422,23 @@ cdef class LaneCall(Receiver):
         return 0
 
     cdef int forward(self, reserved) except -1:
+        cdef UpstreamRequest request
         forward = self.call.reserved(reserved)
         if isinstance(forward, Answer):
-            self.answer(forward)
+            self.answer(<Answer>forward)
         elif self.gone and self.exchange.stream:
             self.leave(GONE.status)
         else:
-            self.repeatable = may_be_repeated(forward)
-            self.message = self.lane.pool.write(forward.method, forward.path, forward.headers, forward.body)
+            request = <UpstreamRequest>forward
+            self.repeatable = may_be_repeated(request)
+            self.message = self.lane.pool.write(request.method, request.path, request.headers, request.body)
             self.lane.pool.send(self)
         return 0
 
     # --- from the provider to the caller ----------------------------------------------------------------------
 
     cdef int answered(self, int status, list headers, bytes piece, bint done) except -1:
+        cdef Head head
         try:
             head = self.call.answered(status, headers)
             self.count(status)
@@ -502,7 +511,7 @@ cdef class LaneCall(Receiver):
             fields[b"transfer-encoding"] = b"chunked"
         return write_message(self.lane.first(status), list(fields.items()), b"", False)
 
-    cdef int answer(self, answer) except -1:
+    cdef int answer(self, Answer answer) except -1:
         """Answer with a whole answer of ours."""
         self.count(answer.status)
         self.headed = True
