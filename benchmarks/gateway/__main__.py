@@ -128,7 +128,8 @@ def main(rows, loads, rounds, seconds):
             place = Path(folder, "requests")
             requests = Requests(place, write_requests(place, load.users, body(load.model, load.stream)))
             with ExitStack() as stack:
-                servers = started(rows or load.rows, load, folder, provider, stack)
+                wanted = [row for row in load.rows if not rows or row in rows]
+                servers = started(wanted, load, folder, provider, stack)
                 if not servers:
                     continue
                 print(f"\n### {name}: {load.what}; connections: {load.connections}\n", flush=True)
@@ -143,9 +144,7 @@ def main(rows, loads, rounds, seconds):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; those of the load unless told"
-    )
+    parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; all of a load unless told")
     parser.add_argument(
         "--load", action="append", choices=LOADS, help="may be given several times; all unless told"
     )
