@@ -24,7 +24,8 @@ from benchmarks.gateway.programs import NotToBeHad, compiled, found, upstream
 from benchmarks.gateway.report import Turn, memory_table, table
 from benchmarks.gateway.rows import ROWS, TOKENGUARDS
 
-WARM_S = 1
+COLD_S, WARM_S = 3, 1
+"""How long a row is called before its first turn, and before each other."""
 PATIENCE_S = 30
 """How long wrk waits for an answer before it counts as an error."""
 
@@ -56,7 +57,6 @@ def call(load, requests, port, seconds):
 
 def measured(load, requests, server, others, seconds):
     """Give a row its turn; ``others`` lead the groups of processes that are ours too."""
-    call(load, requests, server.port, WARM_S)
     groups = {server.leader, *others}
 
     def clocks():
@@ -96,6 +96,7 @@ def compare(load, requests, servers, provider, rounds, seconds):
     with machine.awake() if load.awake else nullcontext([]) as loops:
         for number in range(rounds):
             for row in order[number % len(order) :] + order[: number % len(order)]:
+                call(load, requests, servers[row].port, WARM_S if number else COLD_S)
                 seen[row].append(measured(load, requests, servers[row], {provider[1], *loops}, seconds))
     references = [row for row in load.references if row in seen]
     print(table(seen, references, added=load.connections == 1 and "direct" in seen), flush=True)
@@ -127,7 +128,8 @@ def main(rows, loads, rounds, seconds):
             place = Path(folder, "requests")
             requests = Requests(place, write_requests(place, load.users, body(load.model, load.stream)))
             with ExitStack() as stack:
-                servers = started(rows or load.rows, load, folder, provider, stack)
+                wanted = [row for row in load.rows if not rows or row in rows]
+                servers = started(wanted, load, folder, provider, stack)
                 if not servers:
                     continue
                 print(f"\n### {name}: {load.what}; connections: {load.connections}\n", flush=True)
@@ -142,9 +144,7 @@ def main(rows, loads, rounds, seconds):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; those of the load unless told"
-    )
+    parser.add_argument("rows", nargs="*", metavar="row", help=f"of {', '.join(ROWS)}; all of a load unless told")
     parser.add_argument(
         "--load", action="append", choices=LOADS, help="may be given several times; all unless told"
     )

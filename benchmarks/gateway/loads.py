@@ -13,7 +13,7 @@ class Load(NamedTuple):
     Attributes:
         what: What it is, in a few words.
         connections: How many callers there are, each with one call under way at any time.
-        rows: Whom it is meant for.
+        rows: Whom it is for; it would say nothing about others.
         model: What is asked for; the provider goes by it.
         stream: Whether the answer is to come as events.
         users: How many users call; 0 for the one who has nothing left.
@@ -37,7 +37,7 @@ LOADS = {
     "stream": Load("31 events back to back", 64, _STREAMS, stream=True),
     "paced": Load("31 events, one each 10 ms", 256, _STREAMS, model="gpt-4o-mini-paced", stream=True),
     "slow": Load("an answer after 50 ms", 256, model="gpt-4o-mini-slow"),
-    "latency": Load("one call at a time", 1, awake=True),
+    "latency": Load("one call at a time", 1, (*_ALL, "splice"), awake=True),
     "refusals": Load(
         "calls of a user who has nothing left",
         64,

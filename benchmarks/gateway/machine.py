@@ -45,8 +45,8 @@ def group_cpu_s(leader):
 def machine_cpu_s():
     """Return the processor time that anybody has had so far, and what the hypervisor gave to others."""
     first = (_PROC / "stat").read_text().partition("\n")[0]
-    user, nice, system, _, _, _, _, steal, *_ = map(int, first.split()[1:])
-    return (user + nice + system + steal) / _TICKS_PER_S
+    user, nice, system, _idle, _waiting, *interrupts_and_stolen = map(int, first.split()[1:9])
+    return sum((user, nice, system, *interrupts_and_stolen)) / _TICKS_PER_S
 
 
 def own_cpu_s():
