@@ -11,10 +11,13 @@ provider has; the caller reads on, or is gone.
 
 import asyncio
 import logging
+import os
 from asyncio import CancelledError
 from http import HTTPStatus
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_DecodeASCII
+from libc.stdint cimport uint64_t
 from libc.string cimport memcmp
 
 from tokenguard.account cimport Account
@@ -23,8 +26,8 @@ from tokenguard.exchange cimport Exchange
 from tokenguard.limiter cimport Limiter, Reservation
 from tokenguard.metrics cimport Metrics
 from tokenguard.model cimport Answer, Head, UpstreamRequest
-from tokenguard.upstream._http cimport Framing, find_head_end, read_fields, write_message
-from tokenguard.upstream._pool cimport Pool, PooledUpstream, Receiver
+from tokenguard.upstream._http cimport Framing, find_head_end, interned, read_fields, write_message
+from tokenguard.upstream._pool cimport Pool, PooledUpstream, Receiver, clock_s
 
 from tokenguard import refusal
 from tokenguard.api.call import answer_to
@@ -37,7 +40,15 @@ CHAT_ROUTE = "/v1/chat/completions"
 cdef bytes BEGINS = b"POST /v1/chat/completions HTTP/1.1\r\n"
 cdef Py_ssize_t MAX_HEAD_BYTES = 16_384
 cdef double KEEPALIVE_S = 75.0
-cdef bytes NAME_OF_ID = REQUEST_ID
+cdef bytes NAME_OF_ID = interned(REQUEST_ID)
+cdef bytes LENGTH = interned(b"content-length")
+cdef bytes TYPE = interned(b"content-type")
+cdef const char *HEX = "0123456789abcdef"
+cdef bytes CLOSE = b"connection: close\r\n"
+cdef bytes ID = b"x-request-id: "
+cdef bytes CRLF = b"\r\n"
+cdef bytes CHUNKED = b"transfer-encoding: chunked\r\n"
+cdef bytes JSON = b"content-type: application/json\r\n"
 cdef bytes LAST_CHUNK = b"0\r\n\r\n"
 cdef frozenset BODILESS = frozenset((204, 304))
 cdef object log = logging.getLogger("tokenguard")
@@ -309,7 +320,7 @@ cdef class Connection:
 
     cdef int answer_before_any_call(self, answer) except -1:
         """Answer a request of which nothing but the head has come."""
-        cdef bytes request_id = request_id_of(self.fields).encode()
+        cdef bytes request_id = id_of(self.fields).encode()
         self.keep_alive = False
         self.lane.metrics.answered(None, answer.status)
         self.transport.write(self.write_answer(answer, request_id))
@@ -318,12 +329,12 @@ cdef class Connection:
 
     cdef bytes write_answer(self, answer, bytes request_id):
         """Return a whole answer of ours."""
-        cdef list fields = [*answer.headers, (NAME_OF_ID, request_id), (b"content-length", b"%d" % len(answer.body))]
-        if (b"connection", b"close") in fields:
+        cdef bytes last = b"x-request-id: %b\r\ncontent-length: %d\r\n" % (request_id, len(answer.body))
+        if (b"connection", b"close") in answer.headers:
             self.keep_alive = False
         elif not self.keep_alive:
-            fields.append((b"connection", b"close"))
-        return write_message(self.lane.first(answer.status), fields, answer.body, False)
+            last += CLOSE
+        return write_message(self.lane.first(answer.status), answer.headers, last, answer.body)
 
     cdef void pause_reading(self):
         if not self.read_paused and not self.transport.is_closing():
@@ -339,7 +350,7 @@ cdef class Connection:
         if seconds == 0:
             self.deadline = 0
             return 0
-        now = self.lane.loop.time()
+        now = clock_s()
         self.deadline = now + seconds
         if self.timer is not None and self.due > self.deadline:
             self.timer.cancel()
@@ -350,7 +361,7 @@ cdef class Connection:
         return 0
 
     def on_time(self):
-        cdef double left = self.deadline - self.lane.loop.time()
+        cdef double left = self.deadline - clock_s()
         self.timer = None
         if self.deadline == 0:
             return
@@ -377,9 +388,10 @@ cdef class LaneCall(Receiver):
     cdef CallSoon call
     cdef Exchange exchange
     cdef Account account
-    cdef bytes head
+    cdef Head head
     cdef bytes held
     cdef bint headed
+    cdef bint typed
     cdef bint chunked
     cdef bint gone
     cdef bint over
@@ -387,7 +399,7 @@ cdef class LaneCall(Receiver):
 
     def __cinit__(self, Connection caller not None):
         self.caller, self.lane = caller, caller.lane
-        self.call = CallSoon(self.lane.guard, request_id_of(caller.fields))
+        self.call = CallSoon(self.lane.guard, id_of(caller.fields))
         self.exchange, self.account = self.call.exchange, self.call.account
 
     # --- from the caller to the provider ----------------------------------------------------------------------
@@ -442,7 +454,7 @@ cdef class LaneCall(Receiver):
         try:
             head = self.call.answered(status, headers)
             self.count(status)
-            self.head = self.write_head(head.status, head.headers)
+            self.read_head(head)
             self.pass_on(piece, done)
         except Exception as error:
             self.broke(error)
@@ -491,25 +503,34 @@ cdef class LaneCall(Receiver):
             elif done:
                 out = LAST_CHUNK
         if self.head is not None:
-            out, self.head = self.head + out, None
+            out = write_message(self.lane.first(self.head.status), self.head.headers, self.last_lines(), out)
+            self.head = None
         self.write(out, done)
         return 0
 
-    cdef bytes write_head(self, int status, list headers):
-        """Return the head of an answer of the provider's."""
-        cdef dict fields = {}
-        for name, value in headers:
-            fields[name] = fields[name] + b", " + value if name in fields else value
-        fields[NAME_OF_ID] = self.account.request_id.encode()
+    cdef int read_head(self, Head head) except -1:
+        """Take in the head of an answer of the provider's, and how its body is to be framed."""
+        cdef list fields = head.headers
+        if has_twice(fields):
+            fields = joined(fields)
+            head = Head(head.status, fields)
+        self.head = head
         self.headed = True
-        if status not in BODILESS:
-            fields.setdefault(b"content-type", b"application/json")
-            self.chunked = b"content-length" not in fields
+        if head.status not in BODILESS:
+            self.typed = has(fields, TYPE)
+            self.chunked = not has(fields, LENGTH)
+        else:
+            self.typed = True
+        return 0
+
+    cdef bytes last_lines(self):
+        """Return what all answers of the provider's end their heads with, in the order in which Falcon has it."""
+        cdef bytes last = ID + self.account.request_id.encode() + CRLF
+        if not self.typed:
+            last += JSON
         if not self.caller.keep_alive:
-            fields[b"connection"] = b"close"
-        if self.chunked:
-            fields[b"transfer-encoding"] = b"chunked"
-        return write_message(self.lane.first(status), list(fields.items()), b"", False)
+            last += CLOSE
+        return last + CHUNKED if self.chunked else last
 
     cdef int answer(self, Answer answer) except -1:
         """Answer with a whole answer of ours."""
@@ -622,6 +643,72 @@ cdef class LaneCall(Receiver):
         else:
             self.answer(answer)
         return 0
+
+
+cdef uint64_t ids_of_process = 0
+cdef uint64_t ids = 0
+
+
+def reseed():
+    """Make the ids of this process its own."""
+    global ids_of_process
+    ids_of_process = int.from_bytes(os.urandom(8))
+
+
+reseed()
+os.register_at_fork(after_in_child=reseed)
+
+
+cdef str id_of(list fields):
+    """Return what the caller calls a request; else make a name."""
+    # PERF: 32 hex digits like those of request_id_of, without asking the system for each
+    global ids
+    cdef char text[32]
+    cdef uint64_t half
+    cdef int i
+    if has(fields, NAME_OF_ID):
+        return request_id_of(fields)
+    ids += 1
+    half = ids * <uint64_t>0x9E3779B97F4A7C15  # odd: all are different
+    for i in range(16):
+        text[i] = HEX[ids_of_process >> 4 * i & 15]
+        text[16 + i] = HEX[half >> 60 - 4 * i & 15]
+    return PyUnicode_DecodeASCII(text, 32, NULL)
+
+
+cdef bint same(bytes name, bytes other) noexcept:
+    return name is other or (
+        PyBytes_GET_SIZE(name) == PyBytes_GET_SIZE(other)
+        and not memcmp(PyBytes_AS_STRING(name), PyBytes_AS_STRING(other), PyBytes_GET_SIZE(name))
+    )
+
+
+cdef bint has(list fields, bytes name):
+    cdef tuple field
+    for field in fields:
+        if same(<bytes>field[0], name):
+            return True
+    return False
+
+
+cdef bint has_twice(list fields):
+    """Return whether any field is given more than once."""
+    cdef Py_ssize_t i, j
+    cdef tuple field
+    for i in range(1, len(fields)):
+        field = fields[i]
+        for j in range(i):
+            if same(<bytes>field[0], <bytes>(<tuple>fields[j])[0]):
+                return True
+    return False
+
+
+cdef list joined(list fields):
+    """Return the fields with the values of one that is given more than once in a list, as Falcon has them."""
+    cdef dict once = {}
+    for name, value in fields:
+        once[name] = once[name] + b", " + value if name in once else value
+    return list(once.items())
 
 
 cdef class Steps:

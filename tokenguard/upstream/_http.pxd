@@ -10,7 +10,8 @@ cdef struct Framing:
 
 cdef Py_ssize_t find_head_end(const char *data, Py_ssize_t size) noexcept
 cdef list read_fields(const char *at, const char *end, Framing *framing)
-cdef bytes write_message(bytes first, list fields, bytes body, bint told)
+cdef bytes interned(bytes name)
+cdef bytes write_message(bytes first, list fields, bytes last, bytes body)
 
 cdef class AnswerReader:
     cdef readonly int status

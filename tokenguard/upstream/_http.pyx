@@ -44,6 +44,8 @@ cdef enum:
     KNOWN_BITS = 9
     LONGEST_NAME = 256
 
+cdef uint32_t FIRST_HASH = 2166136261
+
 cdef PyObject *KNOWN[1 << KNOWN_BITS]
 """The names that are met again and again, by their hash: they are made once, and so is their hash for dicts."""
 
@@ -64,8 +66,20 @@ cdef tuple _kept = tuple(
 cdef bytes CONTENT_LENGTH, TRANSFER_ENCODING, CONNECTION, HOST, EXPECT, UPGRADE
 
 
-cdef uint32_t mixed(uint32_t seed, uint8_t c) noexcept nogil:
-    return (seed ^ c) * 16777619
+cdef inline uint32_t mixed(uint32_t hash, uint8_t c) noexcept nogil:
+    return (hash ^ c) * 16777619
+
+
+cdef inline uint32_t place_of(uint32_t hash) noexcept nogil:
+    return (hash ^ hash >> 16) & ((1 << KNOWN_BITS) - 1)
+
+
+cdef uint32_t hash_of(bytes name) noexcept:
+    cdef uint32_t hash = FIRST_HASH
+    cdef uint8_t c
+    for c in name:
+        hash = mixed(hash, c)
+    return hash
 
 
 cdef void build_tables():
@@ -81,7 +95,7 @@ cdef void build_tables():
     for c in range(65, 91):
         LOWER[c] = c + 32
     for name in _kept:
-        place = place_of(PyBytes_AS_STRING(name), len(name))
+        place = place_of(hash_of(name))
         while KNOWN[place] != NULL:
             place = (place + 1) & ((1 << KNOWN_BITS) - 1)
         KNOWN[place] = <PyObject *>name
@@ -90,27 +104,20 @@ cdef void build_tables():
     EXPECT, UPGRADE = interned(b"expect"), interned(b"upgrade")
 
 
-cdef uint32_t place_of(const char *name, Py_ssize_t size) noexcept nogil:
-    cdef uint32_t seed = 2166136261
-    cdef Py_ssize_t i
-    for i in range(size):
-        seed = mixed(seed, <uint8_t>name[i])
-    return (seed ^ seed >> 16) & ((1 << KNOWN_BITS) - 1)
-
-
 cdef bytes interned(bytes name):
-    return named(PyBytes_AS_STRING(name), len(name))
+    """Return the object that a known name always is."""
+    return named(PyBytes_AS_STRING(name), len(name), hash_of(name))
 
 
-cdef bytes named(const char *name, Py_ssize_t size):
+cdef bytes named(const char *name, Py_ssize_t size, uint32_t hash):
     """Return a name in lower case as an object: the one that is kept, if it is known."""
-    cdef uint32_t place = place_of(name, size)
-    cdef bytes known
-    while KNOWN[place] != NULL:
-        known = <bytes>KNOWN[place]
-        if PyBytes_GET_SIZE(known) == size and not memcmp(PyBytes_AS_STRING(known), name, size):
-            return known
+    cdef uint32_t place = place_of(hash)
+    cdef PyObject *known = KNOWN[place]
+    while known != NULL:
+        if PyBytes_GET_SIZE(<object>known) == size and not memcmp(PyBytes_AS_STRING(<object>known), name, size):
+            return <bytes>known
         place = (place + 1) & ((1 << KNOWN_BITS) - 1)
+        known = KNOWN[place]
     return PyBytes_FromStringAndSize(name, size)
 
 
@@ -133,15 +140,18 @@ cdef list read_fields(const char *at, const char *end, Framing *framing):
     cdef const char *start
     cdef const char *last
     cdef Py_ssize_t size
+    cdef uint32_t hash
     cdef uint8_t c
     framing[0] = Framing(-1, False, False, False, False, False)
     while at + 2 < end:
         size = 0
+        hash = FIRST_HASH
         while at < end and size < LONGEST_NAME:
             c = LOWER[<uint8_t>at[0]]
             if c == 0:
                 break
             lowered[size] = c
+            hash = mixed(hash, c)
             size += 1
             at += 1
         if size == 0 or at >= end or at[0] != 58 or len(fields) >= FIELDS:
@@ -158,7 +168,7 @@ cdef list read_fields(const char *at, const char *end, Framing *framing):
         while last > start and ((last - 1)[0] == 32 or (last - 1)[0] == 9):
             last -= 1
             framing.odd = True
-        name = named(lowered, size)
+        name = named(lowered, size, hash)
         value = PyBytes_FromStringAndSize(start, last - start)
         at += 2
         if not frame(name, value, framing):
@@ -209,23 +219,23 @@ cdef int64_t number_of(bytes digits) noexcept:
     return number
 
 
-cdef bytes write_message(bytes first, list fields, bytes body, bint told):
-    """Return a message: its first line, with CRLF, its fields, its length if that is to be told, and its body."""
-    cdef Py_ssize_t size = PyBytes_GET_SIZE(first) + PyBytes_GET_SIZE(body) + 2
-    cdef bytes name, value, message
-    cdef bytes length = b"content-length: %d\r\n" % len(body) if told else b""
+cdef bytes write_message(bytes first, list fields, bytes last, bytes body):
+    """Return a message: its first line, its fields, its last lines, each with CRLF, a blank line, and its body."""
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(first) + PyBytes_GET_SIZE(last) + PyBytes_GET_SIZE(body) + 2
+    cdef tuple field
+    cdef bytes message
     cdef char *at
-    for name, value in fields:
-        size += PyBytes_GET_SIZE(name) + PyBytes_GET_SIZE(value) + 4
-    message = PyBytes_FromStringAndSize(NULL, size + PyBytes_GET_SIZE(length))
+    for field in fields:
+        size += PyBytes_GET_SIZE(<bytes?>field[0]) + PyBytes_GET_SIZE(<bytes?>field[1]) + 4
+    message = PyBytes_FromStringAndSize(NULL, size)
     at = copied(PyBytes_AS_STRING(message), first)
-    for name, value in fields:
-        at = copied(at, name)
+    for field in fields:
+        at = copied(at, <bytes>field[0])
         at[0], at[1] = 58, 32
-        at = copied(at + 2, value)
+        at = copied(at + 2, <bytes>field[1])
         at[0], at[1] = 13, 10
         at += 2
-    at = copied(at, length)
+    at = copied(at, last)
     at[0], at[1] = 13, 10
     copied(at + 2, body)
     return message

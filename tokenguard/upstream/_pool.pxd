@@ -1,6 +1,9 @@
 from tokenguard.upstream._http cimport AnswerReader
 
 
+cdef double clock_s() noexcept nogil
+
+
 cdef class Receiver:
     cdef Connection connection
     cdef bytes message
@@ -24,10 +27,12 @@ cdef class Connection:
     cdef bint heard
     cdef bint told
     cdef bint paused
+    cdef bint long
     cdef double deadline
     cdef double end
     cdef double idle_since
     cdef int carry(self, Receiver receiver, bint reused) except -1
+    cdef bint written(self)
     cdef bint healthy(self)
     cdef int finish(self, bint told, bytes piece) except -1
     cdef int fail(self, object error) except -1
@@ -56,7 +61,6 @@ cdef class Pool:
     cdef int free(self, Connection connection) except -1
     cdef void forget(self, Connection connection)
     cdef void leave(self, Receiver receiver)
-    cdef double now(self)
 
 
 cdef class PooledUpstream:

@@ -13,13 +13,14 @@ import asyncio
 import ssl
 from collections import deque
 
+from cpython.bytes cimport PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, errno
-from libc.math cimport INFINITY
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from tokenguard.upstream._http cimport AnswerReader, write_message
 
 from tokenguard.errors import UpstreamError, UpstreamTimeout
-from tokenguard.upstream import KEEPALIVE_S, unusable, usable
+from tokenguard.upstream import KEEPALIVE_S, unusable
 
 cdef extern from "sys/socket.h" nogil:
     enum:
@@ -33,8 +34,17 @@ MAX_HELD_BYTES = 65_536
 cdef double KEPT_S = KEEPALIVE_S
 cdef double TRUSTED_S = LOOK_AFTER_S
 cdef Py_ssize_t HELD_BYTES = MAX_HELD_BYTES
+cdef Py_ssize_t LONG_BYTES = 16_384
 cdef object READ_LATE = "the provider did not answer in time"
 cdef object TOTAL_LATE = "the provider did not end its answer in time"
+
+
+cdef double clock_s() noexcept nogil:
+    """Return the seconds of a clock that only goes on."""
+    # PERF: the loop's own is asked through Python, several times a call
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return now.tv_sec + now.tv_nsec * 1e-9
 
 
 cdef class Receiver:
@@ -56,7 +66,7 @@ cdef class Receiver:
     cdef void resume(self):
         if self.connection is not None and self.connection.paused:
             self.connection.paused = False
-            self.connection.deadline = self.connection.pool.now() + self.connection.pool.read_timeout_s
+            self.connection.deadline = clock_s() + self.connection.pool.read_timeout_s
             self.connection.transport.resume_reading()
 
 
@@ -74,15 +84,20 @@ cdef class Connection:
 
     cdef int carry(self, Receiver receiver, bint reused) except -1:
         """Send a request."""
-        cdef double now = self.pool.now()
+        cdef double now = clock_s()
         self.receiver = receiver
         receiver.connection = self
         self.reused = reused
         self.heard = self.told = False
         self.deadline = now + self.pool.read_timeout_s
         self.end = now + self.pool.total_timeout_s
+        self.long = PyBytes_GET_SIZE(receiver.message) > LONG_BYTES
         self.transport.write(receiver.message)
         return 0
+
+    cdef bint written(self):
+        """Return whether all of the request has left; one that is not long has, if it is answered."""
+        return not self.long or self.transport.get_write_buffer_size() == 0
 
     cdef bint healthy(self):
         """Return whether it can carry a request: nobody has closed it, or said something that nobody asked for."""
@@ -90,7 +105,7 @@ cdef class Connection:
         cdef Py_ssize_t size
         if self.transport.is_closing():
             return False
-        if self.pool.now() - self.idle_since < TRUSTED_S:
+        if clock_s() - self.idle_since < TRUSTED_S:
             return True  # PERF: the loop would have been told by now
         size = recv(self.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
         if size < 0:
@@ -105,17 +120,17 @@ cdef class Connection:
             self.drop()  # nobody asked
             return
         self.heard = True
-        self.deadline = self.pool.now() + self.pool.read_timeout_s
+        self.deadline = clock_s() + self.pool.read_timeout_s
         try:
             piece = self.reader.feed(data)
         except UpstreamError as error:
-            if self.reader.headed and not told and usable(self.reader.status):
+            if self.reader.headed and not told and 200 <= self.reader.status <= 599:
                 receiver.answered(self.reader.status, self.reader.headers, b"", False)
             self.fail(error)
             return
         if not self.reader.headed:
             return
-        if not told and not usable(self.reader.status):
+        if not told and not 200 <= self.reader.status <= 599:
             self.fail(unusable(self.reader.status))
             return
         if self.reader.done:
@@ -191,9 +206,6 @@ cdef class Pool:
         self.waiting = deque()
         self.most = hop.max_connections
 
-    cdef double now(self):
-        return self.loop.time()
-
     cdef bytes write(self, str method, str path, list headers, bytes body):
         """Return a request as it travels."""
         cdef bytes first = self.firsts.get((method, path))
@@ -201,7 +213,8 @@ cdef class Pool:
             first = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), self.hop.target(path).encode(), self.host)
             if len(self.firsts) < 64:
                 self.firsts[method, path] = first
-        return write_message(first, headers, body, method != "GET" and method != "HEAD")
+        last = b"" if method == "GET" or method == "HEAD" else b"content-length: %d\r\n" % len(body)
+        return write_message(first, headers, last, body)
 
     cdef int send(self, Receiver receiver) except -1:
         """Send a request as soon as there is a connection for it; its receiver is told what comes of that."""
@@ -289,9 +302,7 @@ cdef class Pool:
         if connection.paused:
             connection.paused = False
             connection.transport.resume_reading()
-        if connection.reader.headed and not (
-            connection.reader.reusable and connection.transport.get_write_buffer_size() == 0
-        ):
+        if connection.reader.headed and not (connection.reader.reusable and connection.written()):
             connection.drop()
             return 0
         connection.reader.begin(False)
@@ -301,7 +312,7 @@ cdef class Pool:
             receiver.patience = None
             connection.carry(receiver, True)
         else:
-            connection.idle_since = self.now()
+            connection.idle_since = clock_s()
             self.idle.append(connection)
         return 0
 
@@ -328,7 +339,7 @@ cdef class Pool:
     def sweep(self):
         """Close what has been idle for too long, and give up what takes too long."""
         cdef Connection connection
-        cdef double now = self.now()
+        cdef double now = clock_s()
         for connection in list(self.connections):
             if connection.receiver is None:
                 if now - connection.idle_since >= KEPT_S and connection in self.idle:
