@@ -5,7 +5,7 @@ from setuptools import Extension, setup
 
 COMPILED = {
     "tokenguard/_bucket.pyx": ["tokenguard/_table.pxi", "tokenguard/_region.h"],
-    "tokenguard/providers/_chat.pyx": ["tokenguard/providers/_scan.pxi"],
+    "tokenguard/providers/_chat.pyx": ["tokenguard/providers/_scan.pxi", "tokenguard/providers/_wire.pxi"],
 }
 """What is compiled, and what else each is made of."""
 
