@@ -25,6 +25,11 @@ LEADS = (
     Lead("RedisBackend reserve, one caller", "baseline: redis-py, a script that does nothing, one caller", 0.4),
     # Less than 1: a call on a table that others map too may take 1.3 times as long.
     Lead("reserve + settle, a file in memory", "baseline: reserve + settle, memory of its own", 1 / 1.3),
+    Lead("request of 600 bytes", "baseline: request of 600 bytes, carefully", 20),
+    Lead("request of 100 kB", "baseline: request of 100 kB, carefully", 3),
+    Lead("answer of 800 bytes", "baseline: answer of 800 bytes, carefully", 2),
+    Lead("event of 31 in one piece", "baseline: event of 31 in one piece, carefully", 15),
+    Lead("event of 31 in 31 pieces", "baseline: event of 31 in 31 pieces, carefully", 15),
 )
 
 
