@@ -152,6 +152,7 @@ def test_what_clients_send_is_plain(members, form):
     raw = json.dumps({"model": "gpt-4o-mini", **members}, **form).encode()
 
     assert check_chat(raw)
+    assert check_chat(b" \r\n\t" + raw + b"\n")
 
 
 def body(members=b"", model=b'"m"', messages=b"[]"):

@@ -88,6 +88,7 @@ def scan_chat(bytes raw not None):
     c.messages = -1
     c.choices = 1
     begin(&s, start, start + PyBytes_GET_SIZE(raw))
+    skip_space(&s)
     read_chat(&s, &c)
     if not over(&s) or c.model == NULL or c.messages < 0:
         return None
@@ -144,13 +145,14 @@ cdef class JsonAnswer:
     @property
     def usage(self):
         cdef bytes document
+        cdef const byte *start
         cdef Scan s
         cdef Told told
         if self.kept is None:
             return None
-        document = b"".join(self.kept)
-        begin(&s, <const byte *>PyBytes_AS_STRING(document), NULL)
-        s.end = s.at + PyBytes_GET_SIZE(document)
+        document = self.kept[0] if len(self.kept) == 1 else b"".join(self.kept)
+        start = <const byte *>PyBytes_AS_STRING(document)
+        begin(&s, start, start + PyBytes_GET_SIZE(document))
         told.usage = False
         skip_space(&s)
         read_answer(&s, &told)

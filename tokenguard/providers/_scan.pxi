@@ -118,8 +118,12 @@ cdef inline byte peek(Scan *s) noexcept nogil:
     return s.at[0] if s.at < s.end else 0
 
 
+cdef inline bint is_space(byte c) noexcept nogil:
+    return c <= c" " and (c == c" " or c == c"\n" or c == c"\r" or c == c"\t")
+
+
 cdef inline void skip_space(Scan *s) noexcept nogil:
-    while s.at < s.end and (s.at[0] == c" " or s.at[0] == c"\n" or s.at[0] == c"\r" or s.at[0] == c"\t"):
+    while s.at < s.end and is_space(s.at[0]):
         s.at += 1
 
 
