@@ -141,6 +141,8 @@ PLAIN = [
     {"messages": [SYSTEM, USER, ASKED, FOUND], "tools": [TOOL, TOOL], "tool_choice": "auto"},
     {"messages": [USER], "functions": [FIND], "response_format": FORM, "tools": []},
     {"messages": [USER], "tools": None, "response_format": {"type": "json_object"}},
+    {"messages": [USER, SYSTEM] * 300},
+    {"messages": [USER], "metadata": {"n": "1", "seed": "2", "x": {"n": 3, "seed": []}}, "seed": 2, "n": 1},
     {"messages": ["text", ["deep", [{"a": {"b": "c"}}]]], "metadata": {"Team": "X"}},
 ]  # fmt: skip
 
