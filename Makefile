@@ -37,12 +37,12 @@ test: runtime $(DONE)/test ## set up with a real redis-server, and run all tests
 	@tests/get-redis $(VENV)
 	$(BIN)/python -m pytest
 
-check: runtime $(DONE)/check ## lint, types, and whether the stub matches the compiled core
+check: runtime $(DONE)/check ## lint, types, and whether the stubs match what is compiled
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest tokenguard._bucket
-	PATH="$(BIN):$$PATH" cython-lint tokenguard/_bucket.pyx tokenguard/_table.pxi
+	$(BIN)/python -m mypy.stubtest tokenguard._bucket tokenguard.providers._chat
+	PATH="$(BIN):$$PATH" cython-lint $(wildcard tokenguard/*.pyx tokenguard/*.pxi tokenguard/*/*.pyx tokenguard/*/*.pxi)
 
 bench: runtime $(DONE)/test ## a short benchmark, and whether its ratios hold
 	@tests/get-redis $(VENV)

@@ -8,7 +8,6 @@ COMPILED = {
     "tokenguard/upstream/_http.pyx": [],
     "tokenguard/upstream/_pool.pyx": [],
     "tokenguard/lane/_lane.pyx": [],
-    "tokenguard/providers/_chat.pyx": ["tokenguard/providers/_scan.pxi"],
     "tokenguard/account.py": [],
     "tokenguard/api/call.py": [],
     "tokenguard/estimate.py": [],
@@ -18,6 +17,7 @@ COMPILED = {
     "tokenguard/metrics.py": [],
     "tokenguard/model.py": [],
     "tokenguard/plan.py": [],
+    "tokenguard/providers/_chat.pyx": ["tokenguard/providers/_scan.pxi", "tokenguard/providers/_wire.pxi"],
 }
 """What is compiled, and what else each is made of. A ``.pxd`` beside a ``.py`` says what is C in it."""
 

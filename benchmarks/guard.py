@@ -31,6 +31,11 @@ LEADS = (
     # Less than 1: how much of what TokenGuard takes of its core a proxy takes that looks at nothing.
     Lead("a call through TokenGuard", "baseline: bytes handed on by uvloop", 0.011 * LEFT),
     Lead("a call through TokenGuard, by way of Falcon", "baseline: bytes handed on by uvloop", 0.011 * LEFT),
+    Lead("request of 600 bytes", "baseline: request of 600 bytes, carefully", 20),
+    Lead("request of 100 kB", "baseline: request of 100 kB, carefully", 3),
+    Lead("answer of 800 bytes", "baseline: answer of 800 bytes, carefully", 2),
+    Lead("event of 31 in one piece", "baseline: event of 31 in one piece, carefully", 15),
+    Lead("event of 31 in 31 pieces", "baseline: event of 31 in 31 pieces, carefully", 15),
 )
 
 

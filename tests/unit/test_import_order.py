@@ -43,7 +43,7 @@ def name_of(path):
 
 
 SOURCES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-MODULES = {*SOURCES, "_bucket"}
+MODULES = {*SOURCES, "_bucket", "providers._chat"}
 
 
 def imports_of(tree):

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.strategies import properties
+from tests.wild import Writer
 from tokenguard.errors import InvalidRequest
 from tokenguard.jsontext import read_object, shown, whole_number
 
@@ -177,52 +178,6 @@ values = st.recursive(
     max_leaves=8,
 )
 objects = st.dictionaries(names, values, max_size=5)
-
-
-class Writer:
-    """Writes JSON as wildly as JSON allows: any white space, any escape; notes where the outer members stand."""
-
-    def __init__(self, random):
-        self.random = random
-        self.spans = {}
-
-    def space(self):
-        return "".join(self.random.choices(" \t\r\n", k=self.random.choice([0, 0, 1, 3])))
-
-    def string(self, text):
-        return '"' + "".join(self.character(character) for character in text) + '"'
-
-    def character(self, character):
-        if self.random.random() < 0.3:
-            units = character.encode("utf-16-be")
-            digits = self.random.choice(["04x", "04X"])
-            return "".join(f"\\u{int.from_bytes(units[i : i + 2]):{digits}}" for i in range(0, len(units), 2))
-        if character == "/" and self.random.random() < 0.5:
-            return "\\/"
-        return json.dumps(character, ensure_ascii=False)[1:-1]
-
-    def value(self, value):
-        if isinstance(value, str):
-            return self.string(value)
-        if isinstance(value, list):
-            return "[" + ",".join(self.spaced(self.value(item)) for item in value) + (self.space() + "]")
-        if isinstance(value, dict):
-            members = (f"{self.spaced(self.string(n))}:{self.spaced(self.value(v))}" for n, v in value.items())
-            return "{" + ",".join(members) + (self.space() + "}")
-        return json.dumps(value)
-
-    def spaced(self, text):
-        return self.space() + text + self.space()
-
-    def document(self, members):
-        text = self.space() + "{" + self.space()
-        for number, (name, value) in enumerate(members.items()):
-            text += (",", "")[number == 0] + self.spaced(self.string(name)) + ":" + self.space()
-            start = len(text)
-            text += self.value(value)
-            self.spans[name] = (start, len(text))
-            text += self.space()
-        return text + "}" + self.space()
 
 
 @properties
