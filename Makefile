@@ -42,7 +42,7 @@ check: runtime $(DONE)/check ## lint, types, and whether the stub matches the co
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest tokenguard._bucket
-	PATH="$(BIN):$$PATH" cython-lint tokenguard/_bucket.pyx tokenguard/_table.pxi
+	PATH="$(BIN):$$PATH" cython-lint $$(find tokenguard -name '*.p[yx][xdi]' ! -name '*.pyi')
 
 bench: runtime $(DONE)/test ## a short benchmark, and whether its ratios hold
 	@tests/get-redis $(VENV)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from tokenguard.model import NEVER_US, Headers, Meter
 
 _NAMES = [
-    (meter, *(f"x-ratelimit-{what}-{meter}".encode() for what in ("limit", "remaining", "reset")))
-    for meter in Meter
+    (meter, b"x-ratelimit-limit-" + text, b"x-ratelimit-remaining-" + text, b"x-ratelimit-reset-" + text)
+    for meter, text in ((meter, meter.value.encode()) for meter in Meter)
 ]
 _NEVER_US = NEVER_US
 
@@ -63,7 +63,11 @@ def duration(us: int) -> str:
     ms %= 60_000
     hours = minutes // 60
     minutes %= 60
-    text = f"{hours}h{minutes}m{ms // 1000}" if hours else f"{minutes}m{ms // 1000}" if minutes else f"{ms // 1000}"
+    text = f"{ms // 1000}"
+    if hours:
+        text = f"{hours}h{minutes}m{text}"
+    elif minutes:
+        text = f"{minutes}m{text}"
     if ms % 1000:
         text += f".{ms % 1000:03d}".rstrip("0")
     return text + "s"

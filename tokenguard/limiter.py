@@ -35,7 +35,7 @@ class Reservation:
         return _decision(self.plan, self._outcome)
 
     def limit_headers(self) -> Headers:
-        """Return the ``x-ratelimit-*`` fields of the call: of each meter's tightest bucket, as the reserve left it."""
+        """Return the ``x-ratelimit-*`` fields: of each meter's tightest bucket, as the reserve left it."""
         plan, outcome = self.plan, self._outcome
         headers: Headers = []
         levels = [outcome.level(i) for i in range(len(plan.budgets))]

@@ -101,7 +101,9 @@ class Plans:
         explicit = self._backend.on(scope)
         if not explicit:  # PERF: most users have no budget of their own
             return [default] if default else []
-        binding = {budget.name: budget for budget in explicit if budget.name.model is None or budget.name.model == model}
+        binding = {
+            budget.name: budget for budget in explicit if budget.name.model is None or budget.name.model == model
+        }
         if default:
             binding.setdefault(default.name, default)
         return sorted(

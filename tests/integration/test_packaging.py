@@ -46,7 +46,7 @@ def test_sdist_holds_the_source_of_the_core_and_no_c(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "LICENSE"} <= names
-    sources = ("_bucket.pyx", "_table.pxi", "_region.h", "_bucket.pyi", "py.typed")
+    sources = ("_bucket.pyx", "_bucket.pxd", "_table.pxi", "exchange.pxd", "_region.h", "_bucket.pyi", "py.typed")
     assert {f"tokenguard/{name}" for name in sources} <= names
     assert not {name for name in names if name.endswith((".c", ".so"))}
 
@@ -56,7 +56,7 @@ def test_wheel_holds_the_compiled_core_its_stub_and_no_source(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"tokenguard/py.typed", "tokenguard/_bucket.pyi", "tokenguard/api/openapi.json"} <= names
     assert f"tokenguard/_bucket{sysconfig.get_config_var('EXT_SUFFIX')}" in names
-    assert not {name for name in names if name.endswith((".c", ".h", ".pxi", ".pyx"))}
+    assert not {name for name in names if name.endswith((".c", ".h", ".pxd", ".pxi", ".pyx"))}
 
 
 def test_wheel_holds_every_module(wheel):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.house import ALICE, MODEL, NOW_US, House, S, grant, named
+from tests.house import MODEL, House, S, grant, named
 from tests.strategies import properties
 from tokenguard.errors import (
     AlreadySettled,
