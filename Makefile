@@ -41,7 +41,7 @@ check: runtime $(DONE)/check ## lint, types, and whether the stub matches the co
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest tokenguard._bucket
+	$(BIN)/python -m mypy.stubtest tokenguard._bucket tokenguard._limit_fields
 	PATH="$(BIN):$$PATH" cython-lint $$(find tokenguard -name '*.p[yx][xdi]' ! -name '*.pyi')
 
 bench: runtime $(DONE)/test ## a short benchmark, and whether its ratios hold

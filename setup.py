@@ -5,11 +5,11 @@ from setuptools import Extension, setup
 
 COMPILED = {
     "tokenguard/_bucket.pyx": ["tokenguard/_table.pxi", "tokenguard/_region.h"],
+    "tokenguard/_limit_fields.pyx": [],
     "tokenguard/account.py": [],
     "tokenguard/api/call.py": [],
     "tokenguard/estimate.py": [],
     "tokenguard/exchange.py": [],
-    "tokenguard/limit_fields.py": [],
     "tokenguard/limiter.py": [],
     "tokenguard/metrics.py": [],
     "tokenguard/model.py": [],
