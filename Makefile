@@ -41,8 +41,8 @@ check: runtime $(DONE)/check ## lint, types, and whether the stubs match what is
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest tokenguard._bucket tokenguard.providers._chat
-	PATH="$(BIN):$$PATH" cython-lint $(wildcard tokenguard/*.pyx tokenguard/*.pxi tokenguard/*/*.pyx tokenguard/*/*.pxi)
+	$(BIN)/python -m mypy.stubtest tokenguard._bucket tokenguard._limit_fields tokenguard.providers._chat
+	PATH="$(BIN):$$PATH" cython-lint $$(find tokenguard -name '*.p[yx][xdi]' ! -name '*.pyi')
 
 bench: runtime $(DONE)/test ## a short benchmark, and whether its ratios hold
 	@tests/get-redis $(VENV)

@@ -5,6 +5,7 @@ from setuptools import Extension, setup
 
 COMPILED = {
     "tokenguard/_bucket.pyx": ["tokenguard/_table.pxi", "tokenguard/_region.h"],
+    "tokenguard/_limit_fields.pyx": [],
     "tokenguard/upstream/_http.pyx": [],
     "tokenguard/upstream/_pool.pyx": [],
     "tokenguard/lane/_lane.pyx": [],
@@ -12,7 +13,6 @@ COMPILED = {
     "tokenguard/api/call.py": [],
     "tokenguard/estimate.py": [],
     "tokenguard/exchange.py": [],
-    "tokenguard/limit_fields.py": [],
     "tokenguard/limiter.py": [],
     "tokenguard/metrics.py": [],
     "tokenguard/model.py": [],

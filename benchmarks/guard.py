@@ -36,6 +36,12 @@ LEADS = (
     Lead("answer of 800 bytes", "baseline: answer of 800 bytes, carefully", 2),
     Lead("event of 31 in one piece", "baseline: event of 31 in one piece, carefully", 15),
     Lead("event of 31 in 31 pieces", "baseline: event of 31 in 31 pieces, carefully", 15),
+    # Less than 1: what the logic around the table may take, in times of the table's own reserve and settle.
+    Lead("a call: its request is read and estimated", "baseline: the request's body is read", 1 / 1.5),
+    Lead("a call: it is reserved for", "baseline: the table's reserve + settle", 1 / 5),
+    Lead("a call: its request goes on", "baseline: the table's reserve + settle", 1 / 3),
+    Lead("a call: its answer's head", "baseline: the table's reserve + settle", 1 / 15),
+    Lead("a call: its answer is read, and it is settled", "baseline: the table's reserve + settle", 1 / 30),
 )
 
 

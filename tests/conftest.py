@@ -2,7 +2,17 @@
 
 from pathlib import Path
 
+import pytest
+
+from tests.compiled import stale
+
 TESTS = Path(__file__).parent
+
+
+def pytest_sessionstart(session):
+    """Refuse to test what is not what is compiled."""
+    if old := stale():
+        raise pytest.UsageError(f"{', '.join(old)} must be compiled (anew): run `make runtime`")
 
 
 def pytest_collection_modifyitems(items):

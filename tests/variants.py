@@ -15,15 +15,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 NAME = "tokenguard._bucket"
-CORE = ("__init__.py", "_bucket.pyx", "_table.pxi", "_region.h")
-SOURCES = ("setup.py", *(f"tokenguard/{name}" for name in CORE))
+CORE = ("__init__.py", "_bucket.pyx", "_bucket.pxd", "_table.pxi", "_region.h")
+SETUP = """
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+core = Extension("tokenguard._bucket", ["tokenguard/_bucket.pyx"], extra_compile_args=["-O3"])
+setup(ext_modules=cythonize([core], language_level=3))
+"""
+"""What builds the core, and nothing else that is compiled."""
 
 
 def variant(folder: Path, *macros: str) -> Path:
     """Build the core with macros set; return where it is. Variants in one folder share the C that Cython makes."""
-    for source in SOURCES:
-        (folder / source).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / source, folder / source)
+    (folder / "tokenguard").mkdir(parents=True, exist_ok=True)
+    for name in CORE:
+        shutil.copy2(ROOT / "tokenguard" / name, folder / "tokenguard" / name)
+    (folder / "setup.py").write_text(SETUP)
     place = folder / "-".join(("with", *macros))
     places = ("--build-temp", place / "temp", "--build-lib", place)
     built = subprocess.run(

@@ -1,6 +1,6 @@
 """The C of the table of buckets: the region, and what is done to it. Nothing here touches a Python object.
 
-Included by _bucket.pyx, whose docstring says how it works. What a handle and an outcome are made of is in _bucket.pxd.
+Included by _bucket.pyx, whose docstring says how it works. Handles and outcomes are described in _bucket.pxd.
 """
 
 cdef extern from "_region.h":

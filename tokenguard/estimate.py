@@ -58,7 +58,7 @@ class Traffic:
         self._bytes = ratio * _PRIOR_TOKENS
         self._tokens = _PRIOR_TOKENS
         self._log_output = math.log2(like.output_tokens if like else COLD_OUTPUT_TOKENS)
-        self.output_tokens = _whole(2**self._log_output)
+        self.output_tokens: int = _whole(2**self._log_output)
         self._log_prior = self._log_output - _DEVIATIONS * _PRIOR_DEVIATION
         self._seen = 0
         self._log_mean = 0.0

@@ -90,7 +90,8 @@ _MEANINGS = {
 
 _RETURNED = {
     # what speaks of the provider's host, where the caller sees ours
-    **dict.fromkeys((b"date", b"server", b"location", b"set-cookie", b"alt-svc", b"strict-transport-security"), b""),
+    **dict.fromkeys((b"date", b"server", b"location", b"alt-svc"), b""),
+    **dict.fromkeys((b"set-cookie", b"strict-transport-security"), b""),
     **dict.fromkeys(_HOP_BY_HOP, b""),
     # the provider's own limits and id, as some name them
     **{name: b"x-upstream" + name[1:] for name in (
@@ -279,7 +280,11 @@ class Exchange:
         if encoding != b"identity":
             self._decoder = decoder_for(encoding)
         readable = encoding == b"identity" or self._decoder is not None
-        events = readable and content_type.lower().startswith(b"text/event-stream")
+        events = (
+            readable
+            and content_type != b"application/json"
+            and content_type.lower().startswith(b"text/event-stream")
+        )
         self._reader = EventStream(swallow_usage=self._adds_usage()) if events else JsonAnswer()
         changed = events or self._decoder is not None
         passed = returned_headers(headers, changed, self._decoder is not None)
@@ -400,10 +405,6 @@ class _Fields:
         identity = _known.get(given)
         if identity is None:
             identity = _identity_of(given)
-            if all([value is None or len(value) <= MAX_ID_BYTES for value in given]):  # they may be padded
-                while len(_known) >= MAX_KNOWN:
-                    _known.pop(next(iter(_known)), None)
-                _known[given] = identity
         return identity
 
     def forwarded(self, credentials: Headers, request_id: str) -> Headers:
@@ -425,7 +426,7 @@ def read_identity(headers: Headers) -> Identity:
 
 
 def _identity_of(given: tuple[bytes | None, ...]) -> Identity:
-    """Return who has been given, each part as its field says."""
+    """Return who has been given, each part as its field says, and remember it."""
     parts: list[str | None] = []
     for shown, value in zip(_SHOWN, given, strict=True):
         try:
@@ -435,7 +436,12 @@ def _identity_of(given: tuple[bytes | None, ...]) -> Identity:
     user, *others = parts
     if user is None:
         raise InvalidRequest("x-user-id", "header x-user-id is required: it names the user who calls")
-    return Identity(user, *others)
+    identity = Identity(user, *others)
+    if all(value is None or len(value) <= MAX_ID_BYTES for value in given):  # white space pads them to any length
+        while len(_known) >= MAX_KNOWN:
+            _known.pop(next(iter(_known)), None)
+        _known[given] = identity
+    return identity
 
 
 def forwarded_headers(headers: Headers, credentials: Headers, request_id: str) -> Headers:

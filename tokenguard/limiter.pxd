@@ -1,7 +1,7 @@
 """Reserving and settling, in C down to the backend."""
 
 cimport cython
-cimport tokenguard.limit_fields as limit_fields
+cimport tokenguard._limit_fields as _limit_fields
 from tokenguard._bucket cimport Outcome
 from tokenguard.plan cimport Plan
 
@@ -16,7 +16,6 @@ cdef class Reservation:
     cdef Outcome _outcome
     cdef bint _open
 
-    @cython.locals(plan=Plan, outcome=Outcome, headers=list, levels=list, i=cython.int)
     cpdef list limit_headers(self)
     cpdef close(self)
     cpdef tuple close_at(self, tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from tokenguard import limit_fields
+from tokenguard import _limit_fields
 from tokenguard._bucket import Outcome
 from tokenguard.backends import Backend, Handle
 from tokenguard.errors import AlreadySettled, StaleHandle
@@ -35,14 +35,8 @@ class Reservation:
         return _decision(self.plan, self._outcome)
 
     def limit_headers(self) -> Headers:
-        """Return the ``x-ratelimit-*`` fields of the call: of each meter's tightest bucket, as the reserve left it."""
-        plan, outcome = self.plan, self._outcome
-        headers: Headers = []
-        levels = [outcome.level(i) for i in range(len(plan.budgets))]
-        for i in limit_fields.tightest(plan.groups, levels):
-            meter = plan.budgets[i].name.meter
-            limit_fields.add_fields(headers, meter, outcome.limit(i), outcome.level(i), outcome.full_in_us(i))
-        return headers
+        """Return the ``x-ratelimit-*`` fields: of each meter's tightest bucket, as the reserve left it."""
+        return _limit_fields.limit_headers(self.plan.groups, self._outcome)
 
     def close(self) -> None:
         """Mark it as dealt with.

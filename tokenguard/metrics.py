@@ -142,7 +142,7 @@ class Metrics:
 
 
 class _Labelled:
-    """The tallies of one name, by the values of its labels; no label comes from a caller, so there are not many."""
+    """The tallies of one name, by the values of its labels: not many, for none comes from a caller."""
 
     def __init__(self, table: BucketTable, name: str) -> None:
         self._table = table

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
+from tokenguard._limit_fields import by_meter
 from tokenguard.backends import Backend, Handle
-from tokenguard.limit_fields import by_meter
 from tokenguard.model import BucketName, Budget, Identity, Meter, Scale, Scope
 
 MAX_PLANS = 8192
@@ -19,7 +19,7 @@ class Plan:
     Attributes:
         budgets: What limits the call, in the order of the hierarchy.
         handle: The backend's.
-        groups: Their numbers, those of one meter together.
+        groups: Their numbers, those of one meter together, for the fields that tell of them.
     """
 
     def __init__(self, budgets: Sequence[Budget], handle: Handle) -> None:
@@ -101,7 +101,9 @@ class Plans:
         explicit = self._backend.on(scope)
         if not explicit:  # PERF: most users have no budget of their own
             return [default] if default else []
-        binding = {budget.name: budget for budget in explicit if budget.name.model is None or budget.name.model == model}
+        binding = {
+            budget.name: budget for budget in explicit if budget.name.model is None or budget.name.model == model
+        }
         if default:
             binding.setdefault(default.name, default)
         return sorted(

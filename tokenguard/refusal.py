@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from tokenguard._limit_fields import add_fields, duration
 from tokenguard.errors import (
     BackendDown,
     BodyTimeout,
@@ -22,8 +23,7 @@ from tokenguard.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from tokenguard.limit_fields import add_fields, by_meter, duration, tightest
-from tokenguard.model import NEVER_US, Answer, BucketState, Decision, Headers
+from tokenguard.model import NEVER_US, Answer, BucketState, Decision, Headers, Meter
 from tokenguard.providers.openai import error_body
 
 JSON = (b"content-type", b"application/json")
@@ -145,10 +145,14 @@ def _retry_headers(wait_us: int, *, worthwhile: bool) -> Headers:
 
 
 def _tightest(decision: Decision, binding: BucketState) -> list[BucketState]:
-    """Return the binding bucket, and of each other meter the one with the least in it."""
-    others = [state for state in decision.buckets if state.name.meter is not binding.name.meter]
-    groups = by_meter([state.name.meter for state in others])
-    return [binding, *(others[i] for i in tightest(groups, [state.level for state in others]))]
+    """Return the binding bucket, and of each other meter the one with the least in it, the first of equals."""
+    tightest: dict[Meter, BucketState] = {}
+    for state in decision.buckets:
+        meter = state.name.meter
+        if meter not in tightest or state.level < tightest[meter].level:
+            tightest[meter] = state
+    del tightest[binding.name.meter]
+    return [binding, *tightest.values()]
 
 
 def _bucket(state: BucketState) -> dict[str, object]:

@@ -46,7 +46,7 @@ def test_sdist_holds_the_source_of_the_core_and_no_c(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "LICENSE"} <= names
-    core = ("_bucket.pyx", "_table.pxi", "_region.h", "_bucket.pyi", "py.typed")
+    core = ("_bucket.pyx", "_table.pxi", "_region.h", "_bucket.pyi", "_bucket.pxd", "exchange.pxd", "py.typed")
     sources = (*core, "providers/_chat.pyx", "providers/_scan.pxi", "providers/_wire.pxi", "providers/_chat.pyi")
     assert {f"tokenguard/{name}" for name in sources} <= names
     assert not {name for name in names if name.endswith((".c", ".so"))}
@@ -58,7 +58,7 @@ def test_wheel_holds_the_compiled_core_its_stub_and_no_source(wheel):
     assert {"tokenguard/py.typed", "tokenguard/api/openapi.json"} <= names
     for module in ("tokenguard/_bucket", "tokenguard/providers/_chat"):
         assert {f"{module}.pyi", f"{module}{sysconfig.get_config_var('EXT_SUFFIX')}"} <= names
-    assert not {name for name in names if name.endswith((".c", ".h", ".pxi", ".pyx"))}
+    assert not {name for name in names if name.endswith((".c", ".h", ".pxd", ".pxi", ".pyx"))}
 
 
 def test_wheel_holds_every_module(wheel):

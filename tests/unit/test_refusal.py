@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.house import ALICE, MODEL, NOW_US, House, S, grant, named
+from tests.house import MODEL, House, S, grant, named
 from tests.strategies import properties
+from tokenguard._limit_fields import duration
 from tokenguard.errors import (
     AlreadySettled,
     BudgetNotFound,
@@ -23,7 +24,6 @@ from tokenguard.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from tokenguard.limit_fields import duration
 from tokenguard.model import NEVER_US, BucketState, Decision, Meter
 from tokenguard.refusal import error_answer, problem, refuse
 

@@ -1,0 +1,35 @@
+"""The ``x-ratelimit-*`` header fields.
+
+Source: https://platform.openai.com/docs/guides/rate-limits
+"""
+
+from collections.abc import Iterable
+
+from tokenguard._bucket import Outcome
+from tokenguard.model import Headers, Meter
+
+_Groups = tuple[tuple[tuple[bytes, ...], tuple[int, ...]], ...]
+"""The numbers of a plan's buckets, those of one meter together, and the names of the fields that tell of them."""
+
+def by_meter(meters: Iterable[Meter]) -> _Groups:
+    """Return the groups of a plan's buckets; meters in the order in which they appear."""
+
+def limit_headers(groups: _Groups, outcome: Outcome) -> Headers:
+    """Return the fields that tell of each group's tightest bucket: with the least in it, the first of equals."""
+
+def add_fields(headers: Headers, meter: Meter, limit: int, level: int, full_in_us: int) -> None:
+    """Add the fields that tell of one bucket.
+
+    Args:
+        headers: Where to.
+        meter: What the bucket counts.
+        limit: Its capacity.
+        level: What is in it.
+        full_in_us: How long until it is full; 10^15 is never, of which nothing is told.
+    """
+
+def duration(us: int) -> str:
+    """Return a time as the provider writes it, rounded up to the millisecond: 12ms, 8.64s, 6m0s, 1h0m2s."""
+
+__pyx_capi__: dict[str, object]
+"""How other compiled modules find what is here."""
