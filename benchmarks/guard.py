@@ -37,7 +37,7 @@ LEADS = (
     Lead("event of 31 in one piece", "baseline: event of 31 in one piece, carefully", 15),
     Lead("event of 31 in 31 pieces", "baseline: event of 31 in 31 pieces, carefully", 15),
     # Less than 1: what the logic around the table may take, in times of the table's own reserve and settle.
-    Lead("a call: its request is read and estimated", "baseline: the request's body is read", 1 / 1.5),
+    Lead("a call: its request is read and estimated", "baseline: the request's body is read", 1 / 4),
     Lead("a call: it is reserved for", "baseline: the table's reserve + settle", 1 / 5),
     Lead("a call: its request goes on", "baseline: the table's reserve + settle", 1 / 3),
     Lead("a call: its answer's head", "baseline: the table's reserve + settle", 1 / 15),

@@ -25,7 +25,8 @@ from tokenguard.providers.openai import read_chat
 from tokenguard.wiring import buckets
 
 CALLS = 200
-CONFIG = read_config({f"CAP_{kind}": str(10**12) for kind in ("GLOBAL", "TEAM", "ROLEGROUP", "ROLE", "USER")})
+KINDS = ("GLOBAL", "TEAM", "ROLEGROUP", "ROLE", "USER")
+CONFIG = read_config({f"CAP_{kind}": str(10**12) for kind in KINDS} | {f"RATE_{kind}": "1000" for kind in KINDS})
 HEADERS = [
     (b"host", b"127.0.0.1:8000"),
     (b"accept", b"application/json"),
