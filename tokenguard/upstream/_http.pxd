@@ -4,7 +4,6 @@ cdef struct Framing:
     int64_t length
     bint chunked
     bint close
-    bint keep_alive
     bint host
     bint odd
 
@@ -23,6 +22,7 @@ cdef class AnswerReader:
     cdef bytes pending
     cdef int state
     cdef int64_t left
+    cdef Py_ssize_t interim
     cdef int line
     cdef int trailers
 

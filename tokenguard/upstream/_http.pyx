@@ -142,7 +142,7 @@ cdef list read_fields(const char *at, const char *end, Framing *framing):
     cdef Py_ssize_t size
     cdef uint32_t hash
     cdef uint8_t c
-    framing[0] = Framing(-1, False, False, False, False, False)
+    framing[0] = Framing(-1, False, False, False, False)
     while at + 2 < end:
         size = 0
         hash = FIRST_HASH
@@ -190,11 +190,8 @@ cdef bint frame(bytes name, bytes value, Framing *framing):
         framing.chunked = True
     elif name is CONNECTION:
         for option in value.lower().split(b","):
-            option = option.strip(b" \t")
-            if option == b"close":
+            if option.strip(b" \t") == b"close":
                 framing.close = True
-            elif option == b"keep-alive":
-                framing.keep_alive = True
     elif name is HOST:
         if framing.host:
             return False
@@ -272,6 +269,7 @@ cdef enum:
     DATA_CR
     DATA_LF
     TRAILER_START
+    TRAILER_NAME
     TRAILER
     TRAILER_LF
     LAST_LF
@@ -293,7 +291,7 @@ cdef class AnswerReader:
         self.bodiless = bodiless
         self.pending = b""
         self.state = HEAD
-        self.left = 0
+        self.left = self.interim = 0
 
     cpdef bytes feed(self, bytes data):
         cdef Py_ssize_t at = 0
@@ -323,10 +321,10 @@ cdef class AnswerReader:
         cdef bint old = False
         while True:
             size = find_head_end(at, stop - at)
-            if size > HEAD_BYTES or (size == 0 and stop - at > HEAD_BYTES):
-                broken(f"its head has over {MAX_HEAD_BYTES} bytes")
+            if self.interim + (size or stop - at) > HEAD_BYTES:
+                broken(f"its head has over {MAX_HEAD_BYTES} bytes, those of interim answers included")
             if size == 0:
-                if stop - at >= 8 and memcmp(at, b"HTTP/1.", 7):
+                if memcmp(at, b"HTTP/1.", min(stop - at, 7)):
                     broken("it begins with something else")
                 self.pending = data[at - start:]
                 return -1
@@ -342,14 +340,15 @@ cdef class AnswerReader:
                 break
             if self.status == 101:
                 broken("it changes to another protocol, which nobody asked for")
+            self.interim += size
+        if old and framing.chunked:
+            broken("it is chunked, and of HTTP/1.0")
         self.headed = True
         self.reusable = not old and not framing.close
         self.left = framing.length
         if self.bodiless or self.status == 204 or self.status == 304 or framing.length == 0:
             self.state, self.done = OVER, True
         elif framing.chunked:
-            if old:
-                broken("it is chunked, and of HTTP/1.0")
             self.state, self.line, self.trailers = SIZE_FIRST, 0, 0
         elif framing.length > 0:
             self.state = LENGTH
@@ -421,7 +420,7 @@ cdef class AnswerReader:
                 broken("a chunk has no size")
             elif c == 13:
                 self.state = SIZE_LF
-            elif c == 59 or c == 32 or c == 9:
+            elif c == 59:
                 self.state = EXTENSION
             else:
                 broken("a chunk's size is no number")
@@ -457,8 +456,13 @@ cdef class AnswerReader:
             if c == 13:
                 self.state = LAST_LF
             elif LOWER[c]:
-                self.state = TRAILER
+                self.state = TRAILER_NAME
             else:
+                broken("its trailer is none")
+        elif self.state == TRAILER_NAME:
+            if c == 58:
+                self.state = TRAILER
+            elif not LOWER[c]:
                 broken("its trailer is none")
         elif self.state == TRAILER:
             if c == 13:
@@ -476,7 +480,7 @@ cdef int status_of(const char *line, Py_ssize_t size, bint *old) noexcept:
     """Return the status that a first line tells, and whether it is HTTP/1.0's; -1 if it is none (RFC 9112, 4)."""
     cdef const char *at = line + 12
     cdef const char *stop = line + size
-    if size < 17 or memcmp(line, b"HTTP/1.", 7) or line[8] != 32 or not 48 <= line[7] <= 49:
+    if size < 16 or memcmp(line, b"HTTP/1.", 7) or line[8] != 32 or not 48 <= line[7] <= 49:
         return -1
     if not (49 <= line[9] <= 57 and 48 <= line[10] <= 57 and 48 <= line[11] <= 57):
         return -1

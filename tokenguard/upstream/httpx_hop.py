@@ -56,7 +56,11 @@ async def _shielded(work: Awaitable[T]) -> T:
     except asyncio.CancelledError:
         scope.cancel()
         await asyncio.wait([task])
-        if not task.cancelled() and task.exception() is None and isinstance(answer := task.result(), httpx.Response):
+        if (
+            not task.cancelled()
+            and task.exception() is None
+            and isinstance(answer := task.result(), httpx.Response)
+        ):
             await answer.aclose()  # it came all the same
         raise
 
