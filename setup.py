@@ -5,6 +5,8 @@ from setuptools import Extension, setup
 
 COMPILED = {
     "tokenguard/_bucket.pyx": ["tokenguard/_table.pxi", "tokenguard/_region.h"],
+    "tokenguard/_fields.pyx": [],
+    "tokenguard/_heads.pyx": [],
     "tokenguard/_limit_fields.pyx": [],
     "tokenguard/upstream/_http.pyx": [],
     "tokenguard/upstream/_pool.pyx": [],

@@ -3,3 +3,4 @@
 from tokenguard._bucket cimport Outcome
 
 cpdef list limit_headers(tuple groups, Outcome outcome)
+cpdef bytes limit_lines(tuple groups, Outcome outcome)

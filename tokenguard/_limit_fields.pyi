@@ -17,6 +17,9 @@ def by_meter(meters: Iterable[Meter]) -> _Groups:
 def limit_headers(groups: _Groups, outcome: Outcome) -> Headers:
     """Return the fields that tell of each group's tightest bucket: with the least in it, the first of equals."""
 
+def limit_lines(groups: _Groups, outcome: Outcome) -> bytes:
+    """Return the same as lines, each with its CRLF."""
+
 def add_fields(headers: Headers, meter: Meter, limit: int, level: int, full_in_us: int) -> None:
     """Add the fields that tell of one bucket.
 

@@ -12,6 +12,8 @@ cdef enum:
     ROOM = 48                     # bytes; a duration of 2^63 µs takes 21
 
 cdef int64_t NEVER = _NEVER_US
+cdef bytes COLON = b": "
+cdef bytes CRLF = b"\r\n"
 cdef tuple WHAT = ("limit", "remaining", "reset")
 
 
@@ -26,21 +28,44 @@ cdef tuple names_of(meter):
     return tuple([f"x-ratelimit-{what}-{meter.value}".encode() for what in WHAT])
 
 
+cdef int tightest(tuple numbers, Outcome outcome) except -1:
+    """Return which of some buckets has the least in it, the first of equals."""
+    cdef int lowest = numbers[0]
+    cdef int64_t least = outcome.level(lowest)
+    cdef int64_t level
+    cdef int i
+    for i in numbers:
+        level = outcome.level(i)
+        if level < least:
+            least = level
+            lowest = i
+    return lowest
+
+
 cpdef list limit_headers(tuple groups, Outcome outcome):
     cdef list headers = []
     cdef tuple names, numbers
-    cdef int64_t level, least
-    cdef int i, lowest
+    cdef int i
     for names, numbers in groups:
-        lowest = numbers[0]
-        least = outcome.level(lowest)
-        for i in numbers:
-            level = outcome.level(i)
-            if level < least:
-                least = level
-                lowest = i
-        add(headers, names, outcome.limit(lowest), least, outcome.full_in_us(lowest))
+        i = tightest(numbers, outcome)
+        add(headers, names, outcome.limit(i), outcome.level(i), outcome.full_in_us(i))
     return headers
+
+
+cpdef bytes limit_lines(tuple groups, Outcome outcome):
+    cdef list parts = []
+    cdef tuple names, numbers
+    cdef int64_t full_in_us
+    cdef char room[ROOM]
+    cdef int i
+    for names, numbers in groups:
+        i = tightest(numbers, outcome)
+        full_in_us = outcome.full_in_us(i)
+        parts += names[0], COLON, text_from(put(room + ROOM, outcome.limit(i)), room), CRLF
+        parts += names[1], COLON, text_from(put(room + ROOM, max(0, outcome.level(i))), room), CRLF
+        if full_in_us < NEVER:
+            parts += names[2], COLON, text_from(put_time(room + ROOM, full_in_us), room), CRLF
+    return b"".join(parts)
 
 
 def add_fields(list headers not None, meter, int64_t limit, int64_t level, int64_t full_in_us):

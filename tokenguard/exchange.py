@@ -20,12 +20,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from tokenguard import refusal
+from tokenguard._fields import Fields
+from tokenguard._heads import (
+    IDENTITY_HEADERS,
+    REQUEST_ID,
+    Asked,
+    Told,
+    forwarded_headers,
+    read_identity,
+    returned_headers,
+)
 from tokenguard.account import Account, Outcome
 from tokenguard.errors import InvalidRequest, InvalidValue, TokenGuardError, UpstreamError
 from tokenguard.estimate import Estimate, Estimator
 from tokenguard.limiter import Reservation
 from tokenguard.model import (
-    MAX_ID_BYTES,
     Answer,
     Decision,
     Head,
@@ -33,75 +42,11 @@ from tokenguard.model import (
     Identity,
     UpstreamRequest,
     Usage,
-    checked_name,
 )
 from tokenguard.providers.openai import CHAT_PATH, ChatRequest, EventStream, JsonAnswer, read_chat
 
-IDENTITY_HEADERS = {
-    b"x-user-id": "user",
-    b"x-team-id": "team",
-    b"x-role": "role",
-    b"x-llm-rolegroup": "rolegroup",
-}
-
-_SHOWN = tuple([name.decode() for name in IDENTITY_HEADERS])
-
-MAX_KNOWN = 4096
-"""How many callers' fields are remembered as what they came to; the oldest are forgotten first."""
-
-_known: dict[tuple[bytes | None, ...], Identity] = {}
-
-REQUEST_ID = b"x-request-id"
-"""The header field that one call is known by, from the caller to the provider and back."""
-
-_MOST_DIGITS = 18
-"""A longer answer than this many digits can tell is none."""
-_PLAIN = (b"accept-encoding", b"identity")
 _UNKNOWN = -1
 """So many bytes of an answer are left whose length nobody has told."""
-
-_HOP_BY_HOP = frozenset(
-    (b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
-     b"trailer", b"transfer-encoding", b"upgrade")
-)  # fmt: skip
-_NOT_TO_UPSTREAM = _HOP_BY_HOP | frozenset(
-    (
-        # what the hop to the provider sets itself
-        *(b"host", b"content-length", b"content-type", b"accept-encoding", b"expect"),
-        # the caller's credentials, and the choice of the account that pays
-        *(b"authorization", b"cookie", b"api-key", b"x-api-key", b"openai-organization", b"openai-project"),
-        *(b"x-goog-api-key", b"ocp-apim-subscription-key"),
-        # what could turn the request into another one
-        *(b"x-http-method-override", b"x-http-method", b"x-method-override"),
-        # who calls, and from where: nobody else's business
-        *IDENTITY_HEADERS,
-        REQUEST_ID,
-        *(b"forwarded", b"via", b"x-real-ip"),
-    )
-)
-_PASSED, _DROPPED, _ENCODING, _CONNECTION = -1, 4, 5, 6
-_MEANINGS = {
-    **dict.fromkeys(_NOT_TO_UPSTREAM, _DROPPED),
-    **{name: part for part, name in enumerate(IDENTITY_HEADERS)},
-    b"content-encoding": _ENCODING,
-    b"connection": _CONNECTION,
-}
-"""What a field of a request means to us: a part of the identity, by its number, or one of those above."""
-
-_RETURNED = {
-    # what speaks of the provider's host, where the caller sees ours
-    **dict.fromkeys((b"date", b"server", b"location", b"alt-svc"), b""),
-    **dict.fromkeys((b"set-cookie", b"strict-transport-security"), b""),
-    **dict.fromkeys(_HOP_BY_HOP, b""),
-    # the provider's own limits and id, as some name them
-    **{name: b"x-upstream" + name[1:] for name in (
-        REQUEST_ID,
-        *(f"x-ratelimit-{what}-{meter}".encode() for what in ("limit", "remaining", "reset")
-          for meter in ("requests", "tokens")),
-    )},
-}  # fmt: skip
-"""Under which name a field of the provider's answer travels on; empty for those that do not."""
-
 
 _SETTLED, _REFUNDED, _KEPT = Outcome.SETTLED, Outcome.REFUNDED, Outcome.KEPT
 
@@ -175,6 +120,7 @@ class Terms:
         estimator: Estimates calls, and learns from them.
         ask_for_usage: Whether to ask for a stream's usage where the caller did not.
         jitter: Returns a number from 0 to 1 for each refusal.
+        lines: The fields of ours that a request in lines ends its head with.
     """
 
     def __init__(
@@ -188,6 +134,8 @@ class Terms:
         self.estimator = estimator
         self.ask_for_usage = ask_for_usage
         self.jitter = jitter
+        ours = [(b"accept-encoding", b"identity"), *credentials, refusal.JSON]
+        self.lines = b"".join([b"%b: %b\r\n" % field for field in ours])
 
 
 class Exchange:
@@ -208,7 +156,8 @@ class Exchange:
         self._request: ChatRequest
         self._identity: Identity
         self._estimate: Estimate
-        self._forwarded: Headers
+        self._asked: Asked
+        self._in_lines = False
         self._reservation: Reservation | None = None
         self._reader: JsonAnswer | EventStream | None = None
         self._decoder: Decoder | None = None
@@ -221,12 +170,15 @@ class Exchange:
         """Whether the caller asked for a stream."""
         return self._stream
 
-    def begin(self, headers: Headers, body: bytes) -> Ask | Answer:
-        """Read a request; return what to reserve for it, or the answer if it cannot be one."""
+    def begin(self, headers: Headers | Fields, body: bytes) -> Ask | Answer:
+        """Read a request; return what to reserve for it, or the answer if it cannot be one.
+
+        Where the fields stand in the bytes of a connection, what is to be passed on is put in lines too.
+        """
         try:
-            fields = _Fields(headers)
-            self._identity = self.account.identity = fields.identity()
-            if fields.encoded:
+            asked = self._asked = Asked(headers)
+            self._identity = self.account.identity = asked.identity()
+            if asked.encoded:
                 return refusal.problem(
                     415, "a body with a content-encoding is not read; send it plain", "invalid_request_error",
                     "unsupported_content_encoding", "content-encoding",
@@ -235,7 +187,7 @@ class Exchange:
         except InvalidValue as error:
             return refusal.error_answer(error)
         self._body = body
-        self._forwarded = fields.forwarded(self._terms.credentials, self.account.request_id)
+        self._in_lines = isinstance(headers, Fields)
         model = request.model
         prompt, total = self._estimate = self._terms.estimator.estimate(
             model,
@@ -258,39 +210,33 @@ class Exchange:
         self._reservation = reserved
         self.account.admitted = True
         body = self._request.body_with_usage() if self._adds_usage() else self._body
-        return UpstreamRequest("POST", CHAT_PATH, [*self._forwarded, refusal.JSON], body, self._stream)
+        terms, request_id = self._terms, self.account.request_id
+        if self._in_lines:
+            block = self._asked.forwarded_block(terms.lines, request_id)
+            return UpstreamRequest("POST", CHAT_PATH, [], body, self._stream, block)
+        headers = self._asked.forwarded(terms.credentials, request_id)
+        return UpstreamRequest("POST", CHAT_PATH, [*headers, refusal.JSON], body, self._stream)
 
     def _adds_usage(self) -> bool:
         return self._stream and self._terms.ask_for_usage and not self._request.asks_for_usage
 
-    def answered(self, status: int, headers: Headers) -> Head:
+    def answered(self, status: int, headers: Headers | Fields) -> Head:
         """Take in the head of the provider's answer; return the head to pass on."""
         self.account.upstream_status = status
-        encoding, length, content_type = b"identity", b"", b""
-        for name, value in headers:
-            if name == b"content-length":
-                length = value
-            elif name == b"content-type":
-                content_type = value
-            elif name == b"content-encoding":
-                encoding = value.strip().lower()
         self._refused = status >= 300  # a redirect has run no model either
-        if len(length) <= _MOST_DIGITS and length.isdigit():
-            self._bytes_left = int(length)
-        if encoding != b"identity":
-            self._decoder = decoder_for(encoding)
-        readable = encoding == b"identity" or self._decoder is not None
-        events = (
-            readable
-            and content_type != b"application/json"
-            and content_type.lower().startswith(b"text/event-stream")
-        )
+        told = Told(headers)
+        self._bytes_left = told.length
+        if told.encoding is not None:
+            self._decoder = decoder_for(told.encoding)
+        decoded = self._decoder is not None
+        events = told.events and (decoded or told.encoding is None or told.encoding == b"identity")
         self._reader = EventStream(swallow_usage=self._adds_usage()) if events else JsonAnswer()
-        changed = events or self._decoder is not None
-        passed = returned_headers(headers, changed, self._decoder is not None)
-        if self._reservation is not None:
-            passed += self._reservation.limit_headers()
-        return Head(status, passed)
+        if not self._in_lines:
+            passed = told.returned(events or decoded, decoded)
+            return Head(status, passed if self._reservation is None else passed + self._reservation.limit_headers())
+        limits = b"" if self._reservation is None else self._reservation.limit_lines()
+        block = told.returned_block(events or decoded, decoded, limits)
+        return Head(status, [], block, told.typed, told.measured)
 
     def feed(self, chunk: bytes) -> bytes:
         """Take in a piece of the provider's body; return what to pass on, which may be nothing.
@@ -360,127 +306,6 @@ class Exchange:
             choices=request.choices,
             output_tokens=usage.completion,
         )
-
-
-class _Fields:
-    """A request's header fields, sorted out in one pass.
-
-    Attributes:
-        kept: What may travel to the provider.
-        encoded: Whether the body has a content-encoding.
-    """
-
-    def __init__(self, headers: Headers) -> None:
-        self.kept: Headers = []
-        self.encoded = False
-        self._given: list[bytes | None] = [None, None, None, None]
-        self._twice: str | None = None
-        self._sort_out(headers)
-
-    def _sort_out(self, headers: Headers) -> None:
-        listed = b""
-        for field in headers:
-            name, value = field
-            meaning = _MEANINGS.get(name, _PASSED)
-            if meaning == _PASSED:
-                if not (name.startswith(b"x-") and _is_ours(name)):
-                    self.kept.append(field)
-            elif meaning < _DROPPED:
-                if self._given[meaning] is not None and self._twice is None:
-                    self._twice = _SHOWN[meaning]
-                self._given[meaning] = value
-            elif meaning == _ENCODING:
-                self.encoded = True
-                self.kept.append(field)
-            elif meaning == _CONNECTION:
-                listed += b"," + value
-        if listed:
-            self.kept = _without_listed(self.kept, listed)
-
-    def identity(self) -> Identity:
-        """Return who calls, as ``read_identity`` does."""
-        if self._twice is not None:
-            raise InvalidRequest(self._twice, f"header {self._twice} is given more than once")
-        given = tuple(self._given)
-        identity = _known.get(given)
-        if identity is None:
-            identity = _identity_of(given)
-        return identity
-
-    def forwarded(self, credentials: Headers, request_id: str) -> Headers:
-        """Return what travels to the provider, as ``forwarded_headers`` does."""
-        kept = self.kept
-        kept.append((REQUEST_ID, request_id.encode()))
-        kept.append(_PLAIN)
-        kept.extend(credentials)
-        return kept
-
-
-def read_identity(headers: Headers) -> Identity:
-    """Return who calls.
-
-    Raises:
-        InvalidRequest: A field is malformed or given twice, or the user is missing.
-    """
-    return _Fields(headers).identity()
-
-
-def _identity_of(given: tuple[bytes | None, ...]) -> Identity:
-    """Return who has been given, each part as its field says, and remember it."""
-    parts: list[str | None] = []
-    for shown, value in zip(_SHOWN, given, strict=True):
-        try:
-            parts.append(None if value is None else checked_name(shown, value.strip(b" \t").decode()))
-        except UnicodeDecodeError:
-            raise InvalidRequest(shown, f"header {shown} must be UTF-8, got {(value or b'')[:80]!r}") from None
-    user, *others = parts
-    if user is None:
-        raise InvalidRequest("x-user-id", "header x-user-id is required: it names the user who calls")
-    identity = Identity(user, *others)
-    if all(value is None or len(value) <= MAX_ID_BYTES for value in given):  # white space pads them to any length
-        while len(_known) >= MAX_KNOWN:
-            _known.pop(next(iter(_known)), None)
-        _known[given] = identity
-    return identity
-
-
-def forwarded_headers(headers: Headers, credentials: Headers, request_id: str) -> Headers:
-    """Return what travels to the provider: the caller's fields but those between us two, and our credentials."""
-    return _Fields(headers).forwarded(credentials, request_id)
-
-
-def _is_ours(name: bytes) -> bool:
-    return name.startswith((b"x-forwarded-", b"x-tokenguard-"))
-
-
-def returned_headers(headers: Headers, drop_length: bool, drop_encoding: bool) -> Headers:
-    """Return what travels back to the caller; the provider's own limits and id under names of their own."""
-    kept = []
-    listed = b""
-    for field in headers:
-        name, value = field
-        shown = _RETURNED.get(name, name)
-        if shown is name:
-            if name.startswith(b"x-ratelimit-"):
-                field = (b"x-upstream" + name[1:], value)
-            kept.append(field)
-        elif shown:
-            kept.append((shown, value))
-        elif name == b"connection":
-            listed += b"," + value
-    if drop_length:
-        listed += b",content-length"
-    if drop_encoding:
-        listed += b",content-encoding"
-    return _without_listed(kept, listed) if listed else kept
-
-
-def _without_listed(headers: Headers, listed: bytes) -> Headers:
-    """Return the fields that fields named ``connection`` do not say are for one hop alone."""
-    if listed in (b",keep-alive", b",close"):  # PERF: the common cases, which name no field that would travel
-        return headers
-    dropped = frozenset([name.strip() for name in listed.lower().split(b",")])
-    return [field for field in headers if field[0] not in dropped]
 
 
 MAX_PIECE_BYTES = 2**24

@@ -17,6 +17,7 @@ cdef class Reservation:
     cdef bint _open
 
     cpdef list limit_headers(self)
+    cpdef bytes limit_lines(self)
     cpdef close(self)
     cpdef tuple close_at(self, tokens)
     cpdef reopen(self)

@@ -38,6 +38,10 @@ class Reservation:
         """Return the ``x-ratelimit-*`` fields: of each meter's tightest bucket, as the reserve left it."""
         return _limit_fields.limit_headers(self.plan.groups, self._outcome)
 
+    def limit_lines(self) -> bytes:
+        """Return the same as lines, each with its CRLF."""
+        return _limit_fields.limit_lines(self.plan.groups, self._outcome)
+
     def close(self) -> None:
         """Mark it as dealt with.
 

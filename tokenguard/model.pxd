@@ -15,6 +15,9 @@ cdef class Answer:
 cdef class Head:
     cdef readonly int status
     cdef readonly list headers
+    cdef readonly bytes block
+    cdef readonly bint typed
+    cdef readonly bint measured
 
 
 @cython.final
@@ -25,3 +28,4 @@ cdef class UpstreamRequest:
     cdef readonly list headers
     cdef readonly bytes body
     cdef readonly bint stream
+    cdef readonly bytes block

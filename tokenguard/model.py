@@ -192,11 +192,24 @@ class Answer:
 
 
 class Head:
-    """The status and header fields of an answer whose body follows in pieces."""
+    """The status and header fields of an answer whose body follows in pieces.
 
-    def __init__(self, status: int, headers: Headers) -> None:
+    Attributes:
+        status: The status.
+        headers: The fields; none if they are in ``block``.
+        block: The fields as lines, each with its CRLF.
+        typed: Whether they tell the content's type.
+        measured: Whether they tell its length.
+    """
+
+    def __init__(
+        self, status: int, headers: Headers, block: bytes = b"", typed: bool = True, measured: bool = True
+    ) -> None:
         self.status = status
         self.headers = headers
+        self.block = block
+        self.typed = typed
+        self.measured = measured
 
 
 class UpstreamRequest:
@@ -205,14 +218,18 @@ class UpstreamRequest:
     Attributes:
         method: The HTTP method.
         path: The path below the provider's base URL, with a leading slash.
-        headers: All fields but ``host`` and ``content-length``.
+        headers: All fields but ``host`` and ``content-length``; none if they are in ``block``.
         body: The body, empty for none.
         stream: Whether the caller asked for a stream.
+        block: The fields as lines, each with its CRLF.
     """
 
-    def __init__(self, method: str, path: str, headers: Headers, body: bytes, stream: bool = False) -> None:
+    def __init__(
+        self, method: str, path: str, headers: Headers, body: bytes, stream: bool = False, block: bytes = b""
+    ) -> None:
         self.method = method
         self.path = path
         self.headers = headers
         self.body = body
         self.stream = stream
+        self.block = block

@@ -12,10 +12,10 @@ FLOORS = [
     {"cli", "asgi", "wsgi", "wiring", "library", "__main__"},
     {"api", "server", "supervisor", "lane", "middleware"},
     {"exchange", "provider_limits", "upstream", "config", "demo"},
-    {"limiter", "budgets", "estimate", "providers", "refusal", "metrics", "logs"},
+    {"limiter", "budgets", "estimate", "providers", "refusal", "metrics", "logs", "_heads"},
     {"plan", "backends"},
     {"_bucket", "_limit_fields", "arithmetic"},
-    {"model", "errors", "jsontext", "account", "_version", ""},
+    {"model", "errors", "jsontext", "account", "_fields", "_version", ""},
 ]
 """The rooms of DESIGN section 3, from the roof down; "" is the package itself: its version, and public names."""
 
@@ -142,7 +142,7 @@ def test_environment_is_read_by_roots_alone(name):
     assert not asked or name in ROOTS, f"{name} reads {asked}"
 
 
-BY_THE_CLOCK = {"demo", "backends.keeper"}
+BY_THE_CLOCK = {"demo", "backends.keeper", "upstream.httpx_hop"}
 """Lower rooms that do something now and then, on their own; they decide upon no bucket."""
 
 CLOCKS = {"time.time", "time.time_ns", "time.monotonic", "time.monotonic_ns", "datetime.now", "datetime.utcnow"}

@@ -20,33 +20,32 @@ from cpython.unicode cimport PyUnicode_DecodeASCII
 from libc.stdint cimport uint64_t
 from libc.string cimport memcmp
 
+from tokenguard._fields cimport Fields, known
 from tokenguard.account cimport Account
 from tokenguard.api.call cimport CallSoon, Guard
 from tokenguard.exchange cimport Exchange
 from tokenguard.limiter cimport Limiter, Reservation
 from tokenguard.metrics cimport Metrics
 from tokenguard.model cimport Answer, Head, UpstreamRequest
-from tokenguard.upstream._http cimport Framing, find_head_end, interned, read_fields, write_message
-from tokenguard.upstream._pool cimport Pool, PooledUpstream, Receiver, clock_s
+from tokenguard.upstream._http cimport find_head_end
+from tokenguard.upstream._pool cimport Pool, PooledUpstream, Receiver, clock_s, may_be_repeated
 
 from tokenguard import refusal
 from tokenguard.api.call import answer_to
 from tokenguard.api.wire import GONE, request_id_of
 from tokenguard.errors import BodyTimeout, TokenGuardError, UpstreamError
 from tokenguard.exchange import REQUEST_ID
-from tokenguard.upstream._pool import may_be_repeated
 
 CHAT_ROUTE = "/v1/chat/completions"
 cdef bytes BEGINS = b"POST /v1/chat/completions HTTP/1.1\r\n"
 cdef Py_ssize_t MAX_HEAD_BYTES = 16_384
 cdef double KEEPALIVE_S = 75.0
-cdef bytes NAME_OF_ID = interned(REQUEST_ID)
-cdef bytes LENGTH = interned(b"content-length")
-cdef bytes TYPE = interned(b"content-type")
+cdef int NAME_OF_ID = known(REQUEST_ID)
 cdef const char *HEX = "0123456789abcdef"
 cdef bytes CLOSE = b"connection: close\r\n"
 cdef bytes ID = b"x-request-id: "
 cdef bytes CRLF = b"\r\n"
+cdef bytes COLON = b": "
 cdef bytes CHUNKED = b"transfer-encoding: chunked\r\n"
 cdef bytes JSON = b"content-type: application/json\r\n"
 cdef bytes LAST_CHUNK = b"0\r\n\r\n"
@@ -105,11 +104,12 @@ cdef class Connection:
     cdef object transport
     cdef LaneCall call
     cdef bytes pending
-    cdef list fields
+    cdef Fields fields
     cdef list body
     cdef Py_ssize_t missing
     cdef bint taking
     cdef bint keep_alive
+    cdef bint said_close
     cdef bint read_paused
     cdef bint write_paused
     cdef object timer
@@ -235,32 +235,31 @@ cdef class Connection:
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
         cdef Py_ssize_t begins = PyBytes_GET_SIZE(BEGINS)
         cdef Py_ssize_t head
-        cdef Framing framing
-        cdef list fields
+        cdef Fields fields
         if size < begins or memcmp(at, PyBytes_AS_STRING(BEGINS), begins):
             return 0
         head = find_head_end(at, min(size, MAX_HEAD_BYTES))
         if head == 0:
             return 0
-        fields = read_fields(at + begins, at + head, &framing)
+        fields = Fields()
         if (
-            fields is None
-            or framing.odd
-            or framing.chunked
-            or not framing.host
-            or not 0 <= framing.length <= self.lane.max_body_bytes
+            not fields.read(data, at + begins, at + head)
+            or fields.odd
+            or fields.chunked
+            or not fields.host
+            or not 0 <= fields.length <= self.lane.max_body_bytes
         ):
             return 0
         if self.fallback is not None:
             self.fallback.rest()
         self.lane.state.tasks.add(self)
         self.expect(0)
-        self.keep_alive = self.keep_alive and not framing.close
-        if size - head >= framing.length:
+        self.keep_alive = self.keep_alive and not fields.close
+        if size - head >= fields.length:
             self.fields = fields
-            self.start(data[head:head + framing.length])
-            return head + framing.length
-        self.fields, self.body, self.missing = fields, [], framing.length
+            self.start(data[head:head + fields.length])
+            return head + fields.length
+        self.fields, self.body, self.missing = fields, [], fields.length
         self.expect(self.lane.caller_timeout_s)
         if size > head:
             self.take_body(data[head:])
@@ -327,14 +326,19 @@ cdef class Connection:
         self.ended()
         return 0
 
-    cdef bytes write_answer(self, answer, bytes request_id):
+    cdef bytes write_answer(self, Answer answer, bytes request_id):
         """Return a whole answer of ours."""
-        cdef bytes last = b"x-request-id: %b\r\ncontent-length: %d\r\n" % (request_id, len(answer.body))
-        if (b"connection", b"close") in answer.headers:
-            self.keep_alive = False
-        elif not self.keep_alive:
-            last += CLOSE
-        return write_message(self.lane.first(answer.status), answer.headers, last, answer.body)
+        cdef list parts = [self.lane.first(answer.status)]
+        for name, value in answer.headers:
+            parts += name, COLON, value, CRLF
+            if name == b"connection" and value == b"close":
+                self.keep_alive = False
+                self.said_close = True
+        parts += ID, request_id, b"\r\ncontent-length: %d\r\n" % len(answer.body)
+        if not self.keep_alive and not self.said_close:
+            parts.append(CLOSE)
+        parts += CRLF, answer.body
+        return b"".join(parts)
 
     cdef void pause_reading(self):
         if not self.read_paused and not self.transport.is_closing():
@@ -391,7 +395,6 @@ cdef class LaneCall(Receiver):
     cdef Head head
     cdef bytes held
     cdef bint headed
-    cdef bint typed
     cdef bint chunked
     cdef bint gone
     cdef bint over
@@ -443,18 +446,20 @@ cdef class LaneCall(Receiver):
         else:
             request = <UpstreamRequest>forward
             self.repeatable = may_be_repeated(request)
-            self.message = self.lane.pool.write(request.method, request.path, request.headers, request.body)
+            self.message = self.lane.pool.write(request)
             self.lane.pool.send(self)
         return 0
 
     # --- from the provider to the caller ----------------------------------------------------------------------
 
-    cdef int answered(self, int status, list headers, bytes piece, bint done) except -1:
+    cdef int answered(self, int status, Fields fields, bytes piece, bint done) except -1:
         cdef Head head
         try:
-            head = self.call.answered(status, headers)
+            head = self.call.answered(status, fields)
             self.count(status)
-            self.read_head(head)
+            self.head = head
+            self.headed = True
+            self.chunked = not head.measured and head.status not in BODILESS
             self.pass_on(piece, done)
         except Exception as error:
             self.broke(error)
@@ -503,34 +508,19 @@ cdef class LaneCall(Receiver):
             elif done:
                 out = LAST_CHUNK
         if self.head is not None:
-            out = write_message(self.lane.first(self.head.status), self.head.headers, self.last_lines(), out)
+            out = b"".join((self.lane.first(self.head.status), self.head.block, self.last_lines(), out))
             self.head = None
         self.write(out, done)
         return 0
 
-    cdef int read_head(self, Head head) except -1:
-        """Take in the head of an answer of the provider's, and how its body is to be framed."""
-        cdef list fields = head.headers
-        if has_twice(fields):
-            fields = joined(fields)
-            head = Head(head.status, fields)
-        self.head = head
-        self.headed = True
-        if head.status not in BODILESS:
-            self.typed = has(fields, TYPE)
-            self.chunked = not has(fields, LENGTH)
-        else:
-            self.typed = True
-        return 0
-
     cdef bytes last_lines(self):
-        """Return what all answers of the provider's end their heads with, in the order in which Falcon has it."""
+        """Return what the heads of all the provider's answers end with, in the order in which Falcon has it."""
         cdef bytes last = ID + self.account.request_id.encode() + CRLF
-        if not self.typed:
+        if not self.head.typed and self.head.status not in BODILESS:
             last += JSON
         if not self.caller.keep_alive:
             last += CLOSE
-        return last + CHUNKED if self.chunked else last
+        return last + CHUNKED + CRLF if self.chunked else last + CRLF
 
     cdef int answer(self, Answer answer) except -1:
         """Answer with a whole answer of ours."""
@@ -659,56 +649,22 @@ reseed()
 os.register_at_fork(after_in_child=reseed)
 
 
-cdef str id_of(list fields):
+cdef str id_of(Fields fields):
     """Return what the caller calls a request; else make a name."""
     # PERF: 32 hex digits like those of request_id_of, without asking the system for each
     global ids
     cdef char text[32]
     cdef uint64_t half
     cdef int i
-    if has(fields, NAME_OF_ID):
-        return request_id_of(fields)
+    for i in range(fields.count):
+        if fields.lines[i].known == NAME_OF_ID:
+            return request_id_of(fields.as_list())
     ids += 1
     half = ids * <uint64_t>0x9E3779B97F4A7C15  # odd: all are different
     for i in range(16):
         text[i] = HEX[ids_of_process >> 4 * i & 15]
         text[16 + i] = HEX[half >> 60 - 4 * i & 15]
     return PyUnicode_DecodeASCII(text, 32, NULL)
-
-
-cdef bint same(bytes name, bytes other) noexcept:
-    return name is other or (
-        PyBytes_GET_SIZE(name) == PyBytes_GET_SIZE(other)
-        and not memcmp(PyBytes_AS_STRING(name), PyBytes_AS_STRING(other), PyBytes_GET_SIZE(name))
-    )
-
-
-cdef bint has(list fields, bytes name):
-    cdef tuple field
-    for field in fields:
-        if same(<bytes>field[0], name):
-            return True
-    return False
-
-
-cdef bint has_twice(list fields):
-    """Return whether any field is given more than once."""
-    cdef Py_ssize_t i, j
-    cdef tuple field
-    for i in range(1, len(fields)):
-        field = fields[i]
-        for j in range(i):
-            if same(<bytes>field[0], <bytes>(<tuple>fields[j])[0]):
-                return True
-    return False
-
-
-cdef list joined(list fields):
-    """Return the fields with the values of one that is given more than once in a list, as Falcon has them."""
-    cdef dict once = {}
-    for name, value in fields:
-        once[name] = once[name] + b", " + value if name in once else value
-    return list(once.items())
 
 
 cdef class Steps:

@@ -1,20 +1,12 @@
 from libc.stdint cimport int64_t, uint8_t
 
-cdef struct Framing:
-    int64_t length
-    bint chunked
-    bint close
-    bint host
-    bint odd
+from tokenguard._fields cimport Fields
 
 cdef Py_ssize_t find_head_end(const char *data, Py_ssize_t size) noexcept
-cdef list read_fields(const char *at, const char *end, Framing *framing)
-cdef bytes interned(bytes name)
-cdef bytes write_message(bytes first, list fields, bytes last, bytes body)
 
 cdef class AnswerReader:
     cdef readonly int status
-    cdef readonly list headers
+    cdef Fields fields
     cdef readonly bint headed
     cdef readonly bint done
     cdef readonly bint reusable

@@ -1,12 +1,10 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
 # cython: freethreading_compatible=True, auto_pickle=False, autotestdict=False
-"""HTTP/1.1 as bytes: reads heads and answers, writes heads. The stub, _http.pyi, is its manual.
+"""HTTP/1.1 as bytes: reads heads and answers. The stub, _http.pyi, is its manual.
 
-What is read here is read strictly: every line ends in CRLF, a name is a token right before its colon, a value holds
-no control character, a length is told once, in one way. What two readers could take for different things is not
-taken at all, so that nothing can hide between two messages.
+What is read here is read strictly, as the fields of a head are by _fields.pyx.
 
-Source: RFC 9110, sections 5 and 6; RFC 9112, sections 2, 5, 6 and 7.
+Source: RFC 9110, section 6; RFC 9112, sections 2, 6 and 7.
 
 SAFETY: boundscheck is off. Every pointer runs from the beginning of a bytes object to its end, which is an argument
 or a local of each function, and is compared to it before it is read from.
@@ -14,9 +12,10 @@ or a local of each function, and is compared to it before it is read from.
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from cpython.object cimport PyObject
-from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.stdint cimport uint8_t
 from libc.string cimport memchr, memcmp, memcpy
+
+from tokenguard._fields cimport LOWER, MOST, VISIBLE, Fields
 
 from tokenguard.errors import UpstreamError
 
@@ -24,104 +23,13 @@ cdef extern from "string.h" nogil:
     void *memmem(const void *, size_t, const void *, size_t)
 
 MAX_HEAD_BYTES = 65_536
-MAX_FIELDS = 256
+MAX_FIELDS = MOST
 MAX_CHUNK_LINE_BYTES = 4_096
 MAX_TRAILER_BYTES = 8_192
 
 cdef Py_ssize_t HEAD_BYTES = MAX_HEAD_BYTES
-cdef Py_ssize_t FIELDS = MAX_FIELDS
 cdef int CHUNK_LINE_BYTES = MAX_CHUNK_LINE_BYTES
 cdef int TRAILER_BYTES = MAX_TRAILER_BYTES
-
-# --- tables -------------------------------------------------------------------------------------------------------
-
-cdef uint8_t LOWER[256]
-"""What a character of a token is in lower case; 0 for what is none (RFC 9110, 5.6.2)."""
-cdef uint8_t VISIBLE[256]
-"""Whether a character may stand in a value: no control character but the tab (RFC 9110, 5.5)."""
-
-cdef enum:
-    KNOWN_BITS = 9
-    LONGEST_NAME = 256
-
-cdef uint32_t FIRST_HASH = 2166136261
-
-cdef PyObject *KNOWN[1 << KNOWN_BITS]
-"""The names that are met again and again, by their hash: they are made once, and so is their hash for dicts."""
-
-cdef tuple _kept = tuple(
-    b"accept accept-encoding accept-language access-control-allow-origin access-control-expose-headers age alt-svc "
-    b"api-key authorization cache-control cf-cache-status cf-ray connection content-encoding content-length "
-    b"content-type cookie date etag expect expires forwarded host idempotency-key keep-alive location "
-    b"openai-beta openai-model openai-organization openai-processing-ms openai-project openai-version origin pragma "
-    b"referer server set-cookie strict-transport-security te traceparent tracestate trailer transfer-encoding "
-    b"upgrade user-agent vary via x-api-key x-content-type-options x-envoy-upstream-service-time "
-    b"x-forwarded-for x-forwarded-host x-forwarded-proto x-llm-rolegroup x-openai-proxy-wasm "
-    b"x-ratelimit-limit-requests x-ratelimit-limit-tokens x-ratelimit-remaining-requests "
-    b"x-ratelimit-remaining-tokens x-ratelimit-reset-requests x-ratelimit-reset-tokens x-real-ip x-request-id x-role "
-    b"x-stainless-arch x-stainless-async x-stainless-lang x-stainless-os x-stainless-package-version "
-    b"x-stainless-read-timeout x-stainless-retry-count x-stainless-runtime x-stainless-runtime-version "
-    b"x-team-id x-user-id".split()
-)
-cdef bytes CONTENT_LENGTH, TRANSFER_ENCODING, CONNECTION, HOST, EXPECT, UPGRADE
-
-
-cdef inline uint32_t mixed(uint32_t hash, uint8_t c) noexcept nogil:
-    return (hash ^ c) * 16777619
-
-
-cdef inline uint32_t place_of(uint32_t hash) noexcept nogil:
-    return (hash ^ hash >> 16) & ((1 << KNOWN_BITS) - 1)
-
-
-cdef uint32_t hash_of(bytes name) noexcept:
-    cdef uint32_t hash = FIRST_HASH
-    cdef uint8_t c
-    for c in name:
-        hash = mixed(hash, c)
-    return hash
-
-
-cdef void build_tables():
-    global CONTENT_LENGTH, TRANSFER_ENCODING, CONNECTION, HOST, EXPECT, UPGRADE
-    cdef int c
-    cdef uint32_t place
-    cdef bytes name
-    for c in range(256):
-        LOWER[c] = 0
-        VISIBLE[c] = c == 9 or (c >= 32 and c != 127)
-    for c in b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz":
-        LOWER[c] = c
-    for c in range(65, 91):
-        LOWER[c] = c + 32
-    for name in _kept:
-        place = place_of(hash_of(name))
-        while KNOWN[place] != NULL:
-            place = (place + 1) & ((1 << KNOWN_BITS) - 1)
-        KNOWN[place] = <PyObject *>name
-    CONTENT_LENGTH, TRANSFER_ENCODING = interned(b"content-length"), interned(b"transfer-encoding")
-    CONNECTION, HOST = interned(b"connection"), interned(b"host")
-    EXPECT, UPGRADE = interned(b"expect"), interned(b"upgrade")
-
-
-cdef bytes interned(bytes name):
-    """Return the object that a known name always is."""
-    return named(PyBytes_AS_STRING(name), len(name), hash_of(name))
-
-
-cdef bytes named(const char *name, Py_ssize_t size, uint32_t hash):
-    """Return a name in lower case as an object: the one that is kept, if it is known."""
-    cdef uint32_t place = place_of(hash)
-    cdef PyObject *known = KNOWN[place]
-    while known != NULL:
-        if PyBytes_GET_SIZE(<object>known) == size and not memcmp(PyBytes_AS_STRING(<object>known), name, size):
-            return <bytes>known
-        place = (place + 1) & ((1 << KNOWN_BITS) - 1)
-        known = KNOWN[place]
-    return PyBytes_FromStringAndSize(name, size)
-
-
-build_tables()
 
 # --- heads --------------------------------------------------------------------------------------------------------
 
@@ -132,127 +40,15 @@ cdef Py_ssize_t find_head_end(const char *data, Py_ssize_t size) noexcept:
     return 0 if blank == NULL else blank - data + 4
 
 
-cdef list read_fields(const char *at, const char *end, Framing *framing):
-    """Return the fields from ``at`` up to the blank line before ``end``, or None if they are not plain."""
-    cdef list fields = []
-    cdef bytes name, value
-    cdef char lowered[LONGEST_NAME]
-    cdef const char *start
-    cdef const char *last
-    cdef Py_ssize_t size
-    cdef uint32_t hash
-    cdef uint8_t c
-    framing[0] = Framing(-1, False, False, False, False)
-    while at + 2 < end:
-        size = 0
-        hash = FIRST_HASH
-        while at < end and size < LONGEST_NAME:
-            c = LOWER[<uint8_t>at[0]]
-            if c == 0:
-                break
-            lowered[size] = c
-            hash = mixed(hash, c)
-            size += 1
-            at += 1
-        if size == 0 or at >= end or at[0] != 58 or len(fields) >= FIELDS:
-            return None
-        at += 1
-        while at < end and (at[0] == 32 or at[0] == 9):
-            at += 1
-        start = at
-        while at < end and VISIBLE[<uint8_t>at[0]]:
-            at += 1
-        if at + 1 >= end or at[0] != 13 or at[1] != 10:
-            return None
-        last = at
-        while last > start and ((last - 1)[0] == 32 or (last - 1)[0] == 9):
-            last -= 1
-            framing.odd = True
-        name = named(lowered, size, hash)
-        value = PyBytes_FromStringAndSize(start, last - start)
-        at += 2
-        if not frame(name, value, framing):
-            return None
-        fields.append((name, value))
-    return fields
-
-
-cdef bint frame(bytes name, bytes value, Framing *framing):
-    """Take note of a field that says where a message ends; return False if it could be read in two ways."""
-    if name is CONTENT_LENGTH:
-        if framing.length >= 0 or framing.chunked:
-            return False
-        framing.length = number_of(value)
-        return framing.length >= 0
-    if name is TRANSFER_ENCODING:
-        if framing.length >= 0 or framing.chunked or value.lower() != b"chunked":
-            return False
-        framing.chunked = True
-    elif name is CONNECTION:
-        for option in value.lower().split(b","):
-            if option.strip(b" \t") == b"close":
-                framing.close = True
-    elif name is HOST:
-        if framing.host:
-            return False
-        framing.host = True
-    elif name is EXPECT or name is UPGRADE:
-        framing.odd = True
-    return True
-
-
-cdef int64_t number_of(bytes digits) noexcept:
-    """Return the number that 1 to 15 digits say, or -1."""
-    cdef const char *at = PyBytes_AS_STRING(digits)
-    cdef Py_ssize_t size = PyBytes_GET_SIZE(digits)
-    cdef int64_t number = 0
-    cdef Py_ssize_t i
-    if not 1 <= size <= 15:
-        return -1
-    for i in range(size):
-        if not 48 <= at[i] <= 57:
-            return -1
-        number = number * 10 + at[i] - 48
-    return number
-
-
-cdef bytes write_message(bytes first, list fields, bytes last, bytes body):
-    """Return a message: its first line, its fields, its last lines, each with CRLF, a blank line, and its body."""
-    cdef Py_ssize_t size = PyBytes_GET_SIZE(first) + PyBytes_GET_SIZE(last) + PyBytes_GET_SIZE(body) + 2
-    cdef tuple field
-    cdef bytes message
-    cdef char *at
-    for field in fields:
-        size += PyBytes_GET_SIZE(<bytes?>field[0]) + PyBytes_GET_SIZE(<bytes?>field[1]) + 4
-    message = PyBytes_FromStringAndSize(NULL, size)
-    at = copied(PyBytes_AS_STRING(message), first)
-    for field in fields:
-        at = copied(at, <bytes>field[0])
-        at[0], at[1] = 58, 32
-        at = copied(at + 2, <bytes>field[1])
-        at[0], at[1] = 13, 10
-        at += 2
-    at = copied(at, last)
-    at[0], at[1] = 13, 10
-    copied(at + 2, body)
-    return message
-
-
-cdef inline char *copied(char *at, bytes text) noexcept:
-    memcpy(at, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
-    return at + PyBytes_GET_SIZE(text)
-
-
 def read_head(bytes head not None):
-    cdef Framing framing
+    cdef Fields fields = Fields()
     cdef const char *at = PyBytes_AS_STRING(head)
     cdef const char *first = <const char *>memmem(at, PyBytes_GET_SIZE(head), b"\r\n", 2)
     if first == NULL or find_head_end(at, PyBytes_GET_SIZE(head)) != PyBytes_GET_SIZE(head):
         return None
-    fields = read_fields(first + 2, at + PyBytes_GET_SIZE(head), &framing)
-    if fields is None:
+    if not fields.read(head, first + 2, at + PyBytes_GET_SIZE(head)):
         return None
-    return head[:first - at], fields, framing.length if framing.length >= 0 else None, framing.chunked
+    return head[:first - at], fields.as_list(), fields.length if fields.length >= 0 else None, fields.chunked
 
 
 # --- answers ------------------------------------------------------------------------------------------------------
@@ -284,9 +80,13 @@ cdef class AnswerReader:
     def __cinit__(self):
         self.begin(False)
 
+    @property
+    def headers(self):
+        return None if self.fields is None else self.fields.as_list()
+
     cpdef void begin(self, bint bodiless):
         self.status = 0
-        self.headers = None
+        self.fields = None
         self.headed = self.done = self.reusable = False
         self.bodiless = bodiless
         self.pending = b""
@@ -317,7 +117,7 @@ cdef class AnswerReader:
         cdef const char *stop = start + PyBytes_GET_SIZE(data)
         cdef const char *line
         cdef Py_ssize_t size
-        cdef Framing framing
+        cdef Fields fields
         cdef bint old = False
         while True:
             size = find_head_end(at, stop - at)
@@ -332,8 +132,8 @@ cdef class AnswerReader:
             if self.status < 0:
                 broken("its first line is none")
             line = <const char *>memchr(at, 10, size) + 1
-            self.headers = read_fields(line, at + size, &framing)
-            if self.headers is None:
+            self.fields = fields = Fields()
+            if not fields.read(data, line, at + size):
                 broken("its head can be read in two ways, or in none")
             at += size
             if not 100 <= self.status < 200:
@@ -341,16 +141,16 @@ cdef class AnswerReader:
             if self.status == 101:
                 broken("it changes to another protocol, which nobody asked for")
             self.interim += size
-        if old and framing.chunked:
+        if old and fields.chunked:
             broken("it is chunked, and of HTTP/1.0")
         self.headed = True
-        self.reusable = not old and not framing.close
-        self.left = framing.length
-        if self.bodiless or self.status == 204 or self.status == 304 or framing.length == 0:
+        self.reusable = not old and not fields.close
+        self.left = fields.length
+        if self.bodiless or self.status == 204 or self.status == 304 or fields.length == 0:
             self.state, self.done = OVER, True
-        elif framing.chunked:
+        elif fields.chunked:
             self.state, self.line, self.trailers = SIZE_FIRST, 0, 0
-        elif framing.length > 0:
+        elif fields.length > 0:
             self.state = LENGTH
         else:
             self.state, self.reusable = UNTIL_CLOSE, False

@@ -1,7 +1,10 @@
+from tokenguard._fields cimport Fields
+from tokenguard.model cimport UpstreamRequest
 from tokenguard.upstream._http cimport AnswerReader
 
 
 cdef double clock_s() noexcept nogil
+cdef bint may_be_repeated(UpstreamRequest request) except -1
 
 
 cdef class Receiver:
@@ -10,7 +13,7 @@ cdef class Receiver:
     cdef bint repeatable
     cdef bint left
     cdef object patience
-    cdef int answered(self, int status, list headers, bytes piece, bint done) except -1
+    cdef int answered(self, int status, Fields fields, bytes piece, bint done) except -1
     cdef int came(self, bytes piece, bint done) except -1
     cdef int failed(self, object error) except -1
     cdef void pause(self)
@@ -47,7 +50,6 @@ cdef class Pool:
     cdef double tick_s
     cdef double read_timeout_s
     cdef double total_timeout_s
-    cdef bytes host
     cdef dict firsts
     cdef list idle
     cdef set connections
@@ -55,7 +57,7 @@ cdef class Pool:
     cdef object waiting
     cdef int open
     cdef int most
-    cdef bytes write(self, str method, str path, list headers, bytes body)
+    cdef bytes write(self, UpstreamRequest request)
     cdef int send(self, Receiver receiver) except -1
     cdef int connect(self, Receiver receiver) except -1
     cdef int free(self, Connection connection) except -1

@@ -17,7 +17,9 @@ from cpython.bytes cimport PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, errno
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from tokenguard.upstream._http cimport AnswerReader, write_message
+from tokenguard._fields cimport Fields
+from tokenguard.model cimport UpstreamRequest
+from tokenguard.upstream._http cimport AnswerReader
 
 from tokenguard.errors import UpstreamError, UpstreamTimeout
 from tokenguard.upstream import KEEPALIVE_S, unusable
@@ -35,6 +37,8 @@ cdef double KEPT_S = KEEPALIVE_S
 cdef double TRUSTED_S = LOOK_AFTER_S
 cdef Py_ssize_t HELD_BYTES = MAX_HELD_BYTES
 cdef Py_ssize_t LONG_BYTES = 16_384
+cdef bytes CRLF = b"\r\n"
+cdef bytes KEY = b"\r\nidempotency-key: "
 cdef object READ_LATE = "the provider did not answer in time"
 cdef object TOTAL_LATE = "the provider did not end its answer in time"
 
@@ -48,7 +52,7 @@ cdef double clock_s() noexcept nogil:
 
 
 cdef class Receiver:
-    cdef int answered(self, int status, list headers, bytes piece, bint done) except -1:
+    cdef int answered(self, int status, Fields fields, bytes piece, bint done) except -1:
         raise NotImplementedError
 
     cdef int came(self, bytes piece, bint done) except -1:
@@ -125,7 +129,7 @@ cdef class Connection:
             piece = self.reader.feed(data)
         except UpstreamError as error:
             if self.reader.headed and not told and 200 <= self.reader.status <= 599:
-                receiver.answered(self.reader.status, self.reader.headers, b"", False)
+                receiver.answered(self.reader.status, self.reader.fields, b"", False)
             self.fail(error)
             return
         if not self.reader.headed:
@@ -140,19 +144,19 @@ cdef class Connection:
                 receiver.came(piece, False)
         else:
             self.told = True
-            receiver.answered(self.reader.status, self.reader.headers, piece, False)
+            receiver.answered(self.reader.status, self.reader.fields, piece, False)
 
     cdef int finish(self, bint told, bytes piece) except -1:
         """The answer is whole: be free for the next request, then tell."""
         cdef Receiver receiver = self.receiver
         cdef int status = self.reader.status
-        cdef list headers = self.reader.headers
+        cdef Fields fields = self.reader.fields
         self.receiver = receiver.connection = None
         self.pool.free(self)
         if told:
             receiver.came(piece, True)
         else:
-            receiver.answered(status, headers, piece, True)
+            receiver.answered(status, fields, piece, True)
         return 0
 
     cdef int fail(self, object error) except -1:
@@ -199,22 +203,25 @@ cdef class Pool:
         self.hop = hop
         self.read_timeout_s, self.total_timeout_s = hop.read_timeout_s, hop.total_timeout_s
         self.tick_s = min(1.0, self.read_timeout_s / 8, self.total_timeout_s / 8)
-        self.host = hop.authority.encode()
         self.firsts = {}
         self.idle = []
         self.connections, self.connecting = set(), set()
         self.waiting = deque()
         self.most = hop.max_connections
 
-    cdef bytes write(self, str method, str path, list headers, bytes body):
+    cdef bytes write(self, UpstreamRequest request):
         """Return a request as it travels."""
-        cdef bytes first = self.firsts.get((method, path))
+        cdef bytes first = self.firsts.get((request.method, request.path))
+        cdef bytes block = request.block or lines_of(request.headers)
+        cdef bytes length = b""
         if first is None:
-            first = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), self.hop.target(path).encode(), self.host)
+            target = self.hop.target(request.path)
+            first = f"{request.method} {target} HTTP/1.1\r\nhost: {self.hop.authority}\r\n".encode()
             if len(self.firsts) < 64:
-                self.firsts[method, path] = first
-        last = b"" if method == "GET" or method == "HEAD" else b"content-length: %d\r\n" % len(body)
-        return write_message(first, headers, last, body)
+                self.firsts[request.method, request.path] = first
+        if request.method != "GET" and request.method != "HEAD":
+            length = b"content-length: %d\r\n" % len(request.body)
+        return b"".join((first, block, length, CRLF, request.body))
 
     cdef int send(self, Receiver receiver) except -1:
         """Send a request as soon as there is a connection for it; its receiver is told what comes of that."""
@@ -403,8 +410,8 @@ cdef class Response(Receiver):
         self.pool = pool
         self.pieces = []
 
-    cdef int answered(self, int status, list headers, bytes piece, bint done) except -1:
-        self.status, self.headers = status, headers
+    cdef int answered(self, int status, Fields fields, bytes piece, bint done) except -1:
+        self.status, self.headers = status, fields.as_list()
         return self.came(piece, done)
 
     cdef int came(self, bytes piece, bint done) except -1:
@@ -476,7 +483,7 @@ cdef class PooledUpstream:
     async def open(self, request):
         cdef Response response = Response(self.pool)
         response.repeatable = may_be_repeated(request)
-        response.message = self.pool.write(request.method, request.path, request.headers, request.body)
+        response.message = self.pool.write(request)
         self.pool.send(response)
         try:
             await response.head()
@@ -489,7 +496,13 @@ cdef class PooledUpstream:
         await self.pool.close()
 
 
-def may_be_repeated(request):
-    if request.method in ("GET", "HEAD"):
+cdef bytes lines_of(list headers):
+    return b"".join([b"%b: %b\r\n" % field for field in headers])
+
+
+cdef bint may_be_repeated(UpstreamRequest request) except -1:
+    if request.method == "GET" or request.method == "HEAD":
         return True
-    return any(name == b"idempotency-key" for name, _ in request.headers)
+    if request.block:
+        return KEY in request.block or request.block.startswith(KEY[2:])
+    return any([name == b"idempotency-key" for name, _ in request.headers])

@@ -1,0 +1,81 @@
+"""What of a head travels on, and what it says of a call.
+
+A head comes as a list of fields or as ``Fields``, where they stand in the bytes of a connection. What is handed on is
+a list, or a block: lines, each with its CRLF.
+"""
+
+from tokenguard._fields import Fields
+from tokenguard.model import Headers, Identity
+
+IDENTITY_HEADERS: dict[bytes, str]
+"""The fields that say who calls, and which part of an identity each is."""
+REQUEST_ID: bytes
+"""The header field that one call is known by, from the caller to the provider and back."""
+MAX_KNOWN: int
+"""How many callers' fields are remembered as what they came to; the oldest are forgotten first."""
+HOP_BY_HOP: tuple[bytes, ...]
+"""Fields that are between two of the three alone."""
+NOT_TO_UPSTREAM: tuple[bytes, ...]
+"""Fields of a request that do not travel to the provider."""
+NOT_TO_CALLER: tuple[bytes, ...]
+"""Fields of an answer that do not travel back."""
+
+class Asked:
+    """The fields of a request, sorted out.
+
+    Attributes:
+        encoded: Whether the body has a content-encoding.
+    """
+
+    encoded: bool
+
+    def __init__(self, headers: Headers | Fields) -> None: ...
+    def identity(self) -> Identity:
+        """Return who calls.
+
+        Raises:
+            InvalidRequest: A field is malformed or given twice, or the user is missing.
+        """
+
+    def forwarded(self, credentials: Headers, request_id: str) -> Headers:
+        """Return what travels to the provider: the fields but those between us two, and our credentials."""
+
+    def forwarded_block(self, ours: bytes, request_id: str) -> bytes:
+        """Return the same as a block; ``ours`` are lines, put last."""
+
+class Told:
+    """The fields of an answer, sorted out.
+
+    Attributes:
+        length: What content-length tells; -1 if nothing does.
+        encoding: What content-encoding tells, in lower case; None if there is none.
+        events: Whether the body is server-sent events.
+        typed: Whether there is a content-type.
+        measured: Whether there is a content-length, or one that has not been dropped.
+    """
+
+    length: int
+    encoding: bytes | None
+    events: bool
+    typed: bool
+    measured: bool
+
+    def __init__(self, headers: Headers | Fields) -> None: ...
+    def returned(self, drop_length: bool, drop_encoding: bool) -> Headers:
+        """Return what travels back to the caller; the provider's own limits and id under names of their own."""
+
+    def returned_block(self, drop_length: bool, drop_encoding: bool, last: bytes) -> bytes:
+        """Return the same as a block, a field that is given twice once, as Falcon has it; ``last`` are lines, put last."""
+
+def read_identity(headers: Headers) -> Identity:
+    """Return who calls.
+
+    Raises:
+        InvalidRequest: A field is malformed or given twice, or the user is missing.
+    """
+
+def forwarded_headers(headers: Headers, credentials: Headers, request_id: str) -> Headers:
+    """Return what travels to the provider: the caller's fields but those between us two, and our credentials."""
+
+def returned_headers(headers: Headers, drop_length: bool, drop_encoding: bool) -> Headers:
+    """Return what travels back to the caller; the provider's own limits and id under names of their own."""
