@@ -1,8 +1,9 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, autotestdict=False
 """The ``x-ratelimit-*`` header fields. The stub, _limit_fields.pyi, is its manual."""
 
-from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t
+from libc.string cimport memcpy
 
 from tokenguard._bucket cimport Outcome
 
@@ -10,10 +11,10 @@ from tokenguard.model import NEVER_US as _NEVER_US
 
 cdef enum:
     ROOM = 48                     # bytes; a duration of 2^63 µs takes 21
+    LONGEST = 128                 # bytes of a line; "x-ratelimit-remaining-requests" has 30
+    LINES = 32 * 3 * LONGEST      # a plan has at most 32 buckets, and no more meters
 
 cdef int64_t NEVER = _NEVER_US
-cdef bytes COLON = b": "
-cdef bytes CRLF = b"\r\n"
 cdef tuple WHAT = ("limit", "remaining", "reset")
 
 
@@ -53,19 +54,34 @@ cpdef list limit_headers(tuple groups, Outcome outcome):
 
 
 cpdef bytes limit_lines(tuple groups, Outcome outcome):
-    cdef list parts = []
+    cdef char lines[LINES]
+    cdef char *at = lines
     cdef tuple names, numbers
     cdef int64_t full_in_us
     cdef char room[ROOM]
     cdef int i
     for names, numbers in groups:
+        if at - lines > LINES - 3 * LONGEST:
+            raise ValueError("a plan has more meters than there is room for their fields")
         i = tightest(numbers, outcome)
         full_in_us = outcome.full_in_us(i)
-        parts += names[0], COLON, text_from(put(room + ROOM, outcome.limit(i)), room), CRLF
-        parts += names[1], COLON, text_from(put(room + ROOM, max(0, outcome.level(i))), room), CRLF
+        at = put_line(at, names[0], put(room + ROOM, outcome.limit(i)), room)
+        at = put_line(at, names[1], put(room + ROOM, max(0, outcome.level(i))), room)
         if full_in_us < NEVER:
-            parts += names[2], COLON, text_from(put_time(room + ROOM, full_in_us), room), CRLF
-    return b"".join(parts)
+            at = put_line(at, names[2], put_time(room + ROOM, full_in_us), room)
+    return PyBytes_FromStringAndSize(lines, at - lines)
+
+
+cdef char *put_line(char *at, bytes name, char *value, char *room):
+    """Write a field; return where the next begins."""
+    cdef Py_ssize_t size = room + ROOM - value
+    memcpy(at, PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name))
+    at += PyBytes_GET_SIZE(name)
+    at[0], at[1] = c":", c" "
+    memcpy(at + 2, value, size)
+    at += 2 + size
+    at[0], at[1] = c"\r", c"\n"
+    return at + 2
 
 
 def add_fields(list headers not None, meter, int64_t limit, int64_t level, int64_t full_in_us):

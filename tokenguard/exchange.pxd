@@ -6,6 +6,7 @@ from tokenguard.account cimport Account
 from tokenguard.estimate cimport Estimator
 from tokenguard.limiter cimport Reservation
 from tokenguard.model cimport Answer, Head, UpstreamRequest
+from tokenguard.providers._chat cimport ChatRequest, Reader
 
 cdef long long _UNKNOWN
 
@@ -50,19 +51,19 @@ cdef class Exchange:
     cdef readonly Account account
     cdef Terms _terms
     cdef bytes _body
-    cdef object _request
+    cdef ChatRequest _request
     cdef object _identity
     cdef object _estimate
     cdef Asked _asked
     cdef bint _in_lines
     cdef Reservation _reservation
-    cdef object _reader
+    cdef Reader _reader
     cdef object _decoder
     cdef bint _refused
     cdef bint _stream
     cdef long long _bytes_left
 
-    @cython.locals(asked=Asked)
+    @cython.locals(asked=Asked, request=ChatRequest)
     cpdef begin(self, headers, body)
     cpdef reserved(self, reserved)
     cdef bint _adds_usage(self) except -1
@@ -73,4 +74,5 @@ cdef class Exchange:
     cpdef End abort(self, error=*)
     @cython.locals(reservation=Reservation)
     cdef Settlement _settlement(self, bint ended, bint refund)
+    @cython.locals(request=ChatRequest)
     cpdef learn(self, usage)

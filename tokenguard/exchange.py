@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenguard import refusal
 from tokenguard._fields import Fields
@@ -43,7 +43,8 @@ from tokenguard.model import (
     UpstreamRequest,
     Usage,
 )
-from tokenguard.providers.openai import CHAT_PATH, ChatRequest, EventStream, JsonAnswer, read_chat
+from tokenguard.providers._chat import ChatRequest
+from tokenguard.providers.openai import CHAT_PATH, EventStream, JsonAnswer, read_chat
 
 _UNKNOWN = -1
 """So many bytes of an answer are left whose length nobody has told."""
@@ -159,7 +160,7 @@ class Exchange:
         self._asked: Asked
         self._in_lines = False
         self._reservation: Reservation | None = None
-        self._reader: JsonAnswer | EventStream | None = None
+        self._reader: Any = None  # a Reader
         self._decoder: Decoder | None = None
         self._refused = False
         self._bytes_left = _UNKNOWN
@@ -288,7 +289,7 @@ class Exchange:
             return Settlement(self, reservation, 0)
         if self._reader is None:
             return Settlement(self, reservation, None)
-        if usage := self._reader.final_usage(ended=ended):
+        if usage := self._reader.final_usage(ended):
             return Settlement(self, reservation, usage.total, usage)
         if streamed := self._reader.streamed_tokens:
             told = self._reader.usage or Usage(self._estimate.prompt, 0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import os
@@ -22,6 +23,9 @@ from tokenguard.lane._lane import Connection, Lane
 
 KEEPALIVE_S = 75
 """How long a caller's idle connection is kept: longer than clients keep theirs, so that it is they who close."""
+
+GARBAGE = 20_000
+"""How many objects come to be before garbage is looked for: a call makes some dozens, and leaves no cycles."""
 
 _log = logging.getLogger("tokenguard")
 
@@ -50,6 +54,9 @@ def run(
     protocol: Callable[..., asyncio.Protocol] = partial(Protocol, caller_timeout_s=caller_timeout_s)
     if lane is not None:
         protocol = partial(Connection, lane, protocol)
+    gc.collect()
+    gc.freeze()  # what is there now stays, and need not be looked at again and again
+    gc.set_threshold(GARBAGE, 20, 20)
     logging.getLogger("uvicorn.error").addFilter(_worth_saying)
     settings = uvicorn.Config(
         app,

@@ -28,7 +28,7 @@ from tokenguard.limiter cimport Limiter, Reservation
 from tokenguard.metrics cimport Metrics
 from tokenguard.model cimport Answer, Head, UpstreamRequest
 from tokenguard.upstream._http cimport find_head_end
-from tokenguard.upstream._pool cimport Pool, PooledUpstream, Receiver, clock_s, may_be_repeated
+from tokenguard.upstream._pool cimport Pool, PooledUpstream, Receiver, clock_s
 
 from tokenguard import refusal
 from tokenguard.api.call import answer_to
@@ -41,6 +41,7 @@ cdef bytes BEGINS = b"POST /v1/chat/completions HTTP/1.1\r\n"
 cdef Py_ssize_t MAX_HEAD_BYTES = 16_384
 cdef double KEEPALIVE_S = 75.0
 cdef int NAME_OF_ID = known(REQUEST_ID)
+cdef int KEY = known(b"idempotency-key")
 cdef const char *HEX = "0123456789abcdef"
 cdef bytes CLOSE = b"connection: close\r\n"
 cdef bytes ID = b"x-request-id: "
@@ -445,7 +446,7 @@ cdef class LaneCall(Receiver):
             self.leave(GONE.status)
         else:
             request = <UpstreamRequest>forward
-            self.repeatable = may_be_repeated(request)
+            self.repeatable = has(self.caller.fields, KEY)
             self.message = self.lane.pool.write(request)
             self.lane.pool.send(self)
         return 0
@@ -649,6 +650,15 @@ reseed()
 os.register_at_fork(after_in_child=reseed)
 
 
+cdef bint has(Fields fields, int name) noexcept:
+    """Return whether there is a field of a name, which is given by its number."""
+    cdef int i
+    for i in range(fields.count):
+        if fields.lines[i].known == name:
+            return True
+    return False
+
+
 cdef str id_of(Fields fields):
     """Return what the caller calls a request; else make a name."""
     # PERF: 32 hex digits like those of request_id_of, without asking the system for each
@@ -656,9 +666,8 @@ cdef str id_of(Fields fields):
     cdef char text[32]
     cdef uint64_t half
     cdef int i
-    for i in range(fields.count):
-        if fields.lines[i].known == NAME_OF_ID:
-            return request_id_of(fields.as_list())
+    if has(fields, NAME_OF_ID):
+        return request_id_of(fields.as_list())
     ids += 1
     half = ids * <uint64_t>0x9E3779B97F4A7C15  # odd: all are different
     for i in range(16):

@@ -83,8 +83,20 @@ def scan_chat(raw: bytes) -> ChatRequest | None:
     - over 64 levels, 64 members in one object, or 300 digits in one number.
     """
 
+class Reader:
+    """Reads an answer's usage as it passes: what the two below have in common."""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take in a piece; return what to pass on."""
+
+    def rest(self) -> bytes:
+        """Return what is still to be passed on at the end."""
+
+    def final_usage(self, ended: bool) -> Usage | None:
+        """Return what the whole call took, if that has been told."""
+
 @final
-class JsonAnswer:
+class JsonAnswer(Reader):
     """Reads the usage of an answer that comes as one JSON document, and passes every byte on."""
 
     def __init__(self) -> None: ...
@@ -102,11 +114,11 @@ class JsonAnswer:
     def usage(self) -> Usage | None:
         """The usage, once the whole document has come."""
 
-    def final_usage(self, *, ended: bool) -> Usage | None:
+    def final_usage(self, ended: bool) -> Usage | None:
         """Return what the whole call took, if that has been told."""
 
 @final
-class EventStream:
+class EventStream(Reader):
     """Reads the usage of an answer that comes as server-sent events. For one thread at a time.
 
     Args:
@@ -129,7 +141,7 @@ class EventStream:
     def rest(self) -> bytes:
         """Return what is still to be passed on at the end: an event without the blank line that ends it."""
 
-    def final_usage(self, *, ended: bool) -> Usage | None:
+    def final_usage(self, ended: bool) -> Usage | None:
         """Return what the whole call took, if that has been told; a usage that output followed was of a part.
 
         Args:

@@ -35,18 +35,6 @@ cdef object new_tuple = tuple.__new__
 
 @cython.final
 cdef class ChatRequest:
-    cdef readonly str model
-    cdef readonly bint stream
-    cdef readonly int64_t choices
-    cdef readonly object output_cap
-    cdef readonly int64_t text_bytes
-    cdef readonly int64_t extra_tokens
-    cdef readonly bint attachments
-    cdef readonly bint asks_for_usage
-    cdef object read_body
-    cdef bytes raw
-    cdef Py_ssize_t opening     # where stream_options may be put in; 0 where it may not
-
     def __init__(
         self, str model not None, bint stream, int64_t choices, output_cap, int64_t text_bytes,
         int64_t extra_tokens, bint attachments, bint asks_for_usage, body,
@@ -67,7 +55,7 @@ cdef class ChatRequest:
             self.read_body = read_object(self.raw)
         return self.read_body
 
-    def body_with_usage(self):
+    cpdef bytes body_with_usage(self):
         if self.opening:
             return self.raw[:self.opening] + b'"stream_options":{"include_usage":true},' + self.raw[self.opening:]
         return careful.ask_for_usage(self.body)
@@ -116,14 +104,22 @@ cdef object usage_of(Told *told):
     return new_tuple(Usage, (told.prompt, told.completion, total)) if 0 < total <= USAGE else None
 
 
+cdef class Reader:
+    cpdef bytes feed(self, bytes chunk):
+        raise NotImplementedError
+
+    cpdef bytes rest(self):
+        raise NotImplementedError
+
+    cpdef object final_usage(self, bint ended):
+        raise NotImplementedError
+
+
 # --- an answer in one piece ---------------------------------------------------------------------------------
 
 
 @cython.final
-cdef class JsonAnswer:
-    cdef list kept
-    cdef int64_t size
-
+cdef class JsonAnswer(Reader):
     def __cinit__(self):
         self.kept = []
 
@@ -131,7 +127,7 @@ cdef class JsonAnswer:
     def streamed_tokens(self):
         return 0
 
-    def feed(self, bytes chunk not None):
+    cpdef bytes feed(self, bytes chunk):
         self.size += PyBytes_GET_SIZE(chunk)
         if self.size > ANSWER_BYTES:
             self.kept = None
@@ -139,11 +135,14 @@ cdef class JsonAnswer:
             self.kept.append(chunk)
         return chunk
 
-    def rest(self):
+    cpdef bytes rest(self):
         return b""
 
     @property
     def usage(self):
+        return self.final_usage(True)
+
+    cpdef object final_usage(self, bint ended):
         cdef bytes document
         cdef const byte *start
         cdef Scan s
@@ -161,22 +160,11 @@ cdef class JsonAnswer:
         answer = careful.decode(document)
         return None if answer is None else careful.read_usage(answer.get("usage"))
 
-    def final_usage(self, *, bint ended):
-        return self.usage
-
 
 # --- a stream -----------------------------------------------------------------------------------------------
 
 @cython.final
-cdef class EventStream:
-    cdef readonly object usage
-    cdef bint swallow_usage
-    cdef bint finished
-    cdef bytearray pending      # the beginning of an event
-    cdef int64_t deltas
-    cdef int64_t deltas_at_usage
-    cdef int64_t delta_bytes
-
+cdef class EventStream(Reader):
     def __cinit__(self, *, bint swallow_usage):
         self.swallow_usage = swallow_usage
         self.pending = bytearray()
@@ -185,7 +173,7 @@ cdef class EventStream:
     def streamed_tokens(self):
         return max(self.deltas, self.delta_bytes // 4)
 
-    def feed(self, bytes chunk not None):
+    cpdef bytes feed(self, bytes chunk):
         cdef bytes data = chunk
         cdef const byte *start
         cdef const byte *end
@@ -233,7 +221,7 @@ cdef class EventStream:
         pieces.append(self.overflow())
         return b"".join(pieces)
 
-    def rest(self):
+    cpdef bytes rest(self):
         cdef bytes rest = bytes(self.pending)
         self.pending.clear()
         return b"" if rest and self.read_carefully(rest) and self.swallow_usage else rest
@@ -274,5 +262,5 @@ cdef class EventStream:
             self.deltas_at_usage = self.deltas
         return 0
 
-    def final_usage(self, *, bint ended):
+    cpdef object final_usage(self, bint ended):
         return self.usage if (ended or self.finished) and self.deltas == self.deltas_at_usage else None

@@ -4,7 +4,6 @@ from tokenguard.upstream._http cimport AnswerReader
 
 
 cdef double clock_s() noexcept nogil
-cdef bint may_be_repeated(UpstreamRequest request) except -1
 
 
 cdef class Receiver:

@@ -38,7 +38,6 @@ cdef double TRUSTED_S = LOOK_AFTER_S
 cdef Py_ssize_t HELD_BYTES = MAX_HELD_BYTES
 cdef Py_ssize_t LONG_BYTES = 16_384
 cdef bytes CRLF = b"\r\n"
-cdef bytes KEY = b"\r\nidempotency-key: "
 cdef object READ_LATE = "the provider did not answer in time"
 cdef object TOTAL_LATE = "the provider did not end its answer in time"
 
@@ -503,6 +502,4 @@ cdef bytes lines_of(list headers):
 cdef bint may_be_repeated(UpstreamRequest request) except -1:
     if request.method == "GET" or request.method == "HEAD":
         return True
-    if request.block:
-        return KEY in request.block or request.block.startswith(KEY[2:])
     return any([name == b"idempotency-key" for name, _ in request.headers])
