@@ -26,7 +26,7 @@ cdef enum:
 
 cdef uint32_t FIRST_HASH = 2166136261
 cdef PyObject *NAME[NAMES]
-cdef list held = []              # the names, so that they live
+cdef list numbered = []          # the names, so that they live
 cdef uint8_t PLACE[PLACES]
 cdef int names = 0
 
@@ -68,7 +68,7 @@ cdef int known(bytes name):
     while PLACE[place]:
         place = (place + 1) & (PLACES - 1)
     names += 1
-    held.append(name)
+    numbered.append(name)
     NAME[names] = <PyObject *>name
     PLACE[place] = names
     return names
@@ -87,6 +87,7 @@ cdef void begin():
 
 begin()
 
+# The first numbers are those of what says where a message ends, or asks for more than an answer.
 cdef int CONTENT_LENGTH = known(b"content-length")
 cdef int TRANSFER_ENCODING = known(b"transfer-encoding")
 cdef int CONNECTION = known(b"connection")
@@ -241,9 +242,10 @@ cdef Fields fields_of(headers):
     if isinstance(headers, Fields):
         return <Fields>headers
     fields = Fields()
-    fields.held = headers
+    fields.held = held = []
     fields.make_room(len(headers))
     for name, value in headers:
+        held.append((name, value))
         line = &fields.lines[fields.count]
         fields.count += 1
         hash = FIRST_HASH

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.request import getproxies_environment, proxy_bypass_environment
 
 import falcon
 from dotenv import dotenv_values
@@ -122,6 +121,10 @@ def upstream_of(config: Config) -> Upstream:
 
 def _is_proxied(hop: Hop) -> bool:
     """Return whether the environment leads to the provider through a proxy, by the rules that curl knows too."""
+    if not any(name.lower().endswith("_proxy") for name in os.environ):
+        return False
+    from urllib.request import getproxies_environment, proxy_bypass_environment  # much is loaded for them
+
     proxies = getproxies_environment()
     return not {hop.url.scheme, "all"}.isdisjoint(proxies) and not proxy_bypass_environment(hop.authority, proxies)
 
