@@ -201,6 +201,7 @@ def compare(data, places):
     assert ours(*cut(data, places)) == (read, reusable), "it is read in another way in pieces"
     if read is None or not read.status:
         return False
+    read.fields = [(name, value.strip(b" \t")) for name, value in read.fields]
     other = theirs(data)
     if isinstance(other, str) and other.startswith(UNLIKE):
         return False

@@ -1,3 +1,4 @@
+cimport cython
 from libc.stdint cimport int64_t, uint8_t
 
 cdef struct Framing:
@@ -11,6 +12,7 @@ cdef Py_ssize_t find_head_end(const char *data, Py_ssize_t size) noexcept
 cdef list read_fields(const char *at, const char *end, Framing *framing)
 cdef bytes write_message(bytes first, list fields, bytes body, bint told)
 
+@cython.final
 cdef class AnswerReader:
     cdef readonly int status
     cdef readonly list headers

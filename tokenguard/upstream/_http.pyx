@@ -2,14 +2,14 @@
 # cython: freethreading_compatible=True, auto_pickle=False, autotestdict=False
 """HTTP/1.1 as bytes: reads heads and answers, writes heads. The stub, _http.pyi, is its manual.
 
-What is read here is read strictly: every line ends in CRLF, a name is a token right before its colon, a value holds
-no control character, a length is told once, in one way. What two readers could take for different things is not
-taken at all, so that nothing can hide between two messages.
+What is read here is read strictly: every line ends in CRLF, a name is a token right before its colon, a value
+holds no control character, a length is told once, in one way. What two readers could take for different things is
+not taken at all, so that nothing can hide between two messages.
 
 Source: RFC 9110, sections 5 and 6; RFC 9112, sections 2, 5, 6 and 7.
 
-SAFETY: boundscheck is off. Every pointer runs from the beginning of a bytes object to its end, which is an argument
-or a local of each function, and is compared to it before it is read from.
+SAFETY: boundscheck is off. Every pointer runs from the beginning of a bytes object to its end, which is an
+argument or a local of each function, and is compared to it before it is read from.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -33,31 +33,31 @@ cdef Py_ssize_t FIELDS = MAX_FIELDS
 cdef int CHUNK_LINE_BYTES = MAX_CHUNK_LINE_BYTES
 cdef int TRAILER_BYTES = MAX_TRAILER_BYTES
 
-# --- tables -------------------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------
 
+# What a character of a token is in lower case; 0 for what is none (RFC 9110, 5.6.2).
 cdef uint8_t LOWER[256]
-"""What a character of a token is in lower case; 0 for what is none (RFC 9110, 5.6.2)."""
+# Whether a character may stand in a value: no control character but the tab (RFC 9110, 5.5).
 cdef uint8_t VISIBLE[256]
-"""Whether a character may stand in a value: no control character but the tab (RFC 9110, 5.5)."""
 
 cdef enum:
     KNOWN_BITS = 9
     LONGEST_NAME = 256
 
+# The names that are met again and again, by their hash: they are made once, and so is their hash for dicts.
 cdef PyObject *KNOWN[1 << KNOWN_BITS]
-"""The names that are met again and again, by their hash: they are made once, and so is their hash for dicts."""
 
 cdef tuple _kept = tuple(
-    b"accept accept-encoding accept-language access-control-allow-origin access-control-expose-headers age alt-svc "
-    b"api-key authorization cache-control cf-cache-status cf-ray connection content-encoding content-length "
+    b"accept accept-encoding accept-language access-control-allow-origin access-control-expose-headers age "
+    b"alt-svc api-key authorization cache-control cf-cache-status cf-ray connection content-encoding content-length "
     b"content-type cookie date etag expect expires forwarded host idempotency-key keep-alive location "
-    b"openai-beta openai-model openai-organization openai-processing-ms openai-project openai-version origin pragma "
-    b"referer server set-cookie strict-transport-security te traceparent tracestate trailer transfer-encoding "
+    b"openai-beta openai-model openai-organization openai-processing-ms openai-project openai-version origin "
+    b"pragma referer server set-cookie strict-transport-security te traceparent tracestate trailer transfer-encoding "
     b"upgrade user-agent vary via x-api-key x-content-type-options x-envoy-upstream-service-time "
     b"x-forwarded-for x-forwarded-host x-forwarded-proto x-llm-rolegroup x-openai-proxy-wasm "
     b"x-ratelimit-limit-requests x-ratelimit-limit-tokens x-ratelimit-remaining-requests "
-    b"x-ratelimit-remaining-tokens x-ratelimit-reset-requests x-ratelimit-reset-tokens x-real-ip x-request-id x-role "
-    b"x-stainless-arch x-stainless-async x-stainless-lang x-stainless-os x-stainless-package-version "
+    b"x-ratelimit-remaining-tokens x-ratelimit-reset-requests x-ratelimit-reset-tokens x-real-ip x-request-id "
+    b"x-role x-stainless-arch x-stainless-async x-stainless-lang x-stainless-os x-stainless-package-version "
     b"x-stainless-read-timeout x-stainless-retry-count x-stainless-runtime x-stainless-runtime-version "
     b"x-team-id x-user-id".split()
 )
@@ -116,7 +116,7 @@ cdef bytes named(const char *name, Py_ssize_t size):
 
 build_tables()
 
-# --- heads --------------------------------------------------------------------------------------------------------
+# --- heads ------------------------------------------------------------------------------------------------------
 
 
 cdef Py_ssize_t find_head_end(const char *data, Py_ssize_t size) noexcept:
@@ -155,8 +155,10 @@ cdef list read_fields(const char *at, const char *end, Framing *framing):
         if at + 1 >= end or at[0] != 13 or at[1] != 10:
             return None
         last = at
-        while last > start and ((last - 1)[0] == 32 or (last - 1)[0] == 9):
+        while last > start and (last - 1)[0] == 32:
             last -= 1
+        # NOTE: a tab at the end stays: other readers do not take "chunked\t" for chunked.
+        if last < at or (last > start and (last - 1)[0] == 9):
             framing.odd = True
         name = named(lowered, size)
         value = PyBytes_FromStringAndSize(start, last - start)
@@ -245,7 +247,7 @@ def read_head(bytes head not None):
     return head[:first - at], fields, framing.length if framing.length >= 0 else None, framing.chunked
 
 
-# --- answers ------------------------------------------------------------------------------------------------------
+# --- answers ----------------------------------------------------------------------------------------------------
 
 cdef enum:
     HEAD
