@@ -1,3 +1,5 @@
+cimport cython
+
 from tokenguard.upstream._http cimport AnswerReader
 
 
@@ -5,6 +7,7 @@ cdef class Receiver:
     cdef Connection connection
     cdef bytes message
     cdef bint repeatable
+    cdef bint bodiless
     cdef bint left
     cdef object patience
     cdef int answered(self, int status, list headers, bytes piece, bint done) except -1
@@ -14,6 +17,7 @@ cdef class Receiver:
     cdef void resume(self)
 
 
+@cython.final
 cdef class Connection:
     cdef Pool pool
     cdef AnswerReader reader
@@ -27,6 +31,7 @@ cdef class Connection:
     cdef double deadline
     cdef double end
     cdef double idle_since
+    cdef Py_ssize_t unsent
     cdef int carry(self, Receiver receiver, bint reused) except -1
     cdef bint healthy(self)
     cdef int finish(self, bint told, bytes piece) except -1
@@ -34,6 +39,7 @@ cdef class Connection:
     cdef void drop(self)
 
 
+@cython.final
 cdef class Pool:
     cdef readonly object hop
     cdef object loop
@@ -46,18 +52,21 @@ cdef class Pool:
     cdef dict firsts
     cdef list idle
     cdef set connections
-    cdef set connecting
+    cdef dict connecting
+    cdef set dead
     cdef object waiting
-    cdef int open
+    cdef bint closed
     cdef int most
     cdef bytes write(self, str method, str path, list headers, bytes body)
     cdef int send(self, Receiver receiver) except -1
     cdef int connect(self, Receiver receiver) except -1
+    cdef Receiver next_waiting(self)
     cdef int free(self, Connection connection) except -1
     cdef void forget(self, Connection connection)
     cdef void leave(self, Receiver receiver)
     cdef double now(self)
 
 
+@cython.final
 cdef class PooledUpstream:
     cdef readonly Pool pool

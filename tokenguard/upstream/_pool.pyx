@@ -1,20 +1,21 @@
 # cython: freethreading_compatible=True, auto_pickle=False, autotestdict=False
-"""The hop to the provider: a pool of connections that are kept, over HTTP/1.1. The stub, _pool.pyi, is its manual.
+"""The hop to the provider: connections that are kept, over HTTP/1.1. The stub, _pool.pyi, is its manual.
 
 A connection carries one request at a time, and what becomes of it is told to a receiver, at once and without a
 task. The newest idle connection is taken first, so that the others grow old and are closed.
 
 A request is sent a second time only if it was sent over a connection that had been used before, that connection
-ended before a single byte of an answer had come, and the request may be repeated: GET, HEAD, or whatever the caller
-gave an ``idempotency-key``. docs/decisions/009-fast-lane.md says why.
+ended before a single byte of an answer had come, and the request may be repeated: GET, HEAD, or whatever the
+caller gave an ``idempotency-key``. docs/decisions/009-fast-lane.md says why.
 """
 
 import asyncio
+import socket
 import ssl
 from collections import deque
 
-from libc.errno cimport EAGAIN, errno
-from libc.math cimport INFINITY
+cimport cython
+from libc.errno cimport EAGAIN, ECONNABORTED, errno
 
 from tokenguard.upstream._http cimport AnswerReader, write_message
 
@@ -79,6 +80,8 @@ cdef class Connection:
         receiver.connection = self
         self.reused = reused
         self.heard = self.told = False
+        self.unsent = 0
+        self.reader.begin(receiver.bodiless)
         self.deadline = now + self.pool.read_timeout_s
         self.end = now + self.pool.total_timeout_s
         self.transport.write(receiver.message)
@@ -87,15 +90,11 @@ cdef class Connection:
     cdef bint healthy(self):
         """Return whether it can carry a request: nobody has closed it, or said something that nobody asked for."""
         cdef char byte
-        cdef Py_ssize_t size
         if self.transport.is_closing():
             return False
         if self.pool.now() - self.idle_since < TRUSTED_S:
             return True  # PERF: the loop would have been told by now
-        size = recv(self.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
-        if size < 0:
-            return errno == EAGAIN
-        return size > 0 and self.pool.tls is not None  # there it may be a matter of TLS
+        return recv(self.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 and errno == EAGAIN
 
     def data_received(self, bytes data):
         cdef Receiver receiver = self.receiver
@@ -161,14 +160,13 @@ cdef class Connection:
     def connection_lost(self, error):
         cdef Receiver receiver = self.receiver
         cdef bint again = receiver is not None and receiver.repeatable and self.reused and not self.heard
+        if receiver is not None:
+            self.receiver = receiver.connection = None
         if again:
             receiver.repeatable = False
             self.pool.connect(receiver)  # first: the room that this one leaves is not for whoever waits
         self.pool.forget(self)
-        if receiver is None:
-            return
-        self.receiver = receiver.connection = None
-        if not again:
+        if receiver is not None and not again:
             what = "closed the connection" if error is None else reason_of(error)
             receiver.failed(UpstreamError(f"the provider's answer broke off ({what})", sent=True))
 
@@ -180,16 +178,20 @@ cdef class Connection:
 
 
 cdef class Pool:
-    def __cinit__(self, hop):
-        self.hop = hop
+    def __cinit__(self, hop, loop=None):
+        self.hop, self.loop = hop, loop
         self.read_timeout_s, self.total_timeout_s = hop.read_timeout_s, hop.total_timeout_s
         self.tick_s = min(1.0, self.read_timeout_s / 8, self.total_timeout_s / 8)
         self.host = hop.authority.encode()
         self.firsts = {}
         self.idle = []
-        self.connections, self.connecting = set(), set()
+        self.connections, self.connecting, self.dead = set(), {}, set()
         self.waiting = deque()
         self.most = hop.max_connections
+
+    def __repr__(self):
+        idle, busy = len(self.idle), len(self.connections) - len(self.idle)
+        return f"<Pool: {idle} idle, {busy} busy, {len(self.connecting)} connecting, {len(self.waiting)} waiting>"
 
     cdef double now(self):
         return self.loop.time()
@@ -198,7 +200,8 @@ cdef class Pool:
         """Return a request as it travels."""
         cdef bytes first = self.firsts.get((method, path))
         if first is None:
-            first = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), self.hop.target(path).encode(), self.host)
+            target = self.hop.target(path).encode()
+            first = b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method.encode(), target, self.host)
             if len(self.firsts) < 64:
                 self.firsts[method, path] = first
         return write_message(first, headers, body, method != "GET" and method != "HEAD")
@@ -206,6 +209,9 @@ cdef class Pool:
     cdef int send(self, Receiver receiver) except -1:
         """Send a request as soon as there is a connection for it; its receiver is told what comes of that."""
         cdef Connection connection
+        if self.closed:
+            receiver.failed(stopping(False))
+            return 0
         if self.loop is None:
             self.loop = asyncio.get_running_loop()
         while self.idle:
@@ -214,7 +220,7 @@ cdef class Pool:
                 connection.carry(receiver, True)
                 return 0
             connection.drop()
-        if self.open + len(self.connecting) < self.most:
+        if len(self.connections) + len(self.connecting) < self.most:
             self.connect(receiver)
         elif len(self.waiting) >= self.most:
             receiver.failed(self.hop.busy())
@@ -231,61 +237,94 @@ cdef class Pool:
 
     cdef int connect(self, Receiver receiver) except -1:
         """Open a connection for a request."""
-        task = self.loop.create_task(self.connect_for(receiver))
-        self.connecting.add(task)
-        task.add_done_callback(self.connecting.discard)
+        task = self.loop.create_task(self.reach())
+        self.connecting[task] = receiver
+        task.add_done_callback(self.reached)
         if self.sweeper is None:
             self.sweeper = self.loop.call_later(self.tick_s, self.sweep)
         return 0
 
-    async def connect_for(self, Receiver receiver not None):
-        cdef Connection connection = Connection(self)
+    def reached(self, task):
+        """There is a connection for a request, or there is none, and room for another one."""
+        cdef Receiver receiver = self.connecting.pop(task)
+        cdef Connection connection
         try:
-            if self.hop.tls and self.tls is None:
-                self.tls = tls_context(self.hop.ca_file, self.hop.ca_dir)
-            async with asyncio.timeout(self.hop.connect_timeout_s):
+            connection = task.result()
+            if connection.transport.is_closing():
+                raise ConnectionAbortedError(ECONNABORTED, "it closed the connection at once")
+        except (Exception, asyncio.CancelledError) as error:
+            if not receiver.left:
+                receiver.failed(unreached(error))
+            self.serve_waiting()
+            return
+        self.connections.add(connection)
+        if receiver.left:
+            self.free(connection)
+        else:
+            connection.carry(receiver, False)
+
+    async def reach(self):
+        """Return a new connection."""
+        cdef Connection connection = Connection(self)
+        if self.hop.tls and self.tls is None:
+            self.tls = tls_context(self.hop.ca_file, self.hop.ca_dir)
+        async with asyncio.timeout(self.hop.connect_timeout_s):
+            connected = await self.dial()
+            try:
                 await self.loop.create_connection(
                     lambda: connection,
-                    self.hop.host,
-                    self.hop.port,
+                    sock=connected,
                     ssl=self.tls,
                     server_hostname=self.hop.host if self.hop.tls else None,
                 )
-        except TimeoutError:
-            self.unreached(receiver, UpstreamTimeout("the provider could not be reached in time", sent=False))
-        except OSError as error:
-            what = f"the provider could not be reached ({reason_of(error)})"
-            self.unreached(receiver, UpstreamError(what, sent=False))
-        except asyncio.CancelledError:
-            self.unreached(receiver, UpstreamError("the provider is not asked any more", sent=False))
-        else:
-            self.connecting.discard(asyncio.current_task())
-            self.open += 1
-            self.connections.add(connection)
-            if receiver.left:
-                self.free(connection)
-            else:
-                connection.carry(receiver, False)
+            except BaseException:
+                connected.close()
+                raise
+        return connection
 
-    def unreached(self, Receiver receiver not None, error):
-        """Tell that there is no connection for a request; there is room for another one."""
-        self.connecting.discard(asyncio.current_task())
-        if not receiver.left:
-            receiver.failed(error)
-        self.serve_waiting()
+    async def dial(self):
+        """Return a socket that is connected to the provider.
+
+        Its addresses are tried one after the other, and each may take its share of what time is left: one that is
+        dead does not use up all of it, and is tried last from then on.
+        """
+        addresses = await self.loop.getaddrinfo(self.hop.host, self.hop.port, type=socket.SOCK_STREAM)
+        addresses.sort(key=lambda info: info[4] in self.dead)
+        end = self.now() + self.hop.connect_timeout_s
+        for left in range(len(addresses), 0, -1):
+            *kind, _, address = addresses[-left]
+            connecting = None
+            try:
+                connecting = socket.socket(*kind)
+                connecting.setblocking(False)
+                connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                async with asyncio.timeout((end - self.now()) / left):
+                    await self.loop.sock_connect(connecting, address)
+                self.dead.discard(address)
+                return connecting
+            except BaseException as error:
+                if connecting is not None:
+                    connecting.close()
+                if not isinstance(error, OSError):
+                    raise
+                self.dead.add(address)
+                if left == 1:
+                    raise
 
     def serve_waiting(self):
         """Open a connection for whoever has waited longest, where one may be opened."""
-        cdef Receiver receiver
-        while self.waiting and self.open + len(self.connecting) < self.most:
-            receiver = self.waiting.popleft()
-            receiver.patience.cancel()
-            receiver.patience = None
-            self.connect(receiver)
+        while self.waiting and len(self.connections) + len(self.connecting) < self.most:
+            self.connect(self.next_waiting())
+
+    cdef Receiver next_waiting(self):
+        """Return who has waited longest, and waits no more."""
+        cdef Receiver receiver = self.waiting.popleft()
+        receiver.patience.cancel()
+        receiver.patience = None
+        return receiver
 
     cdef int free(self, Connection connection) except -1:
         """Keep a connection that is not needed any more for the next request, if it can carry one."""
-        cdef Receiver receiver
         if connection.paused:
             connection.paused = False
             connection.transport.resume_reading()
@@ -294,12 +333,8 @@ cdef class Pool:
         ):
             connection.drop()
             return 0
-        connection.reader.begin(False)
         if self.waiting and not connection.transport.is_closing():
-            receiver = self.waiting.popleft()
-            receiver.patience.cancel()
-            receiver.patience = None
-            connection.carry(receiver, True)
+            connection.carry(self.next_waiting(), True)
         else:
             connection.idle_since = self.now()
             self.idle.append(connection)
@@ -307,9 +342,7 @@ cdef class Pool:
 
     cdef void forget(self, Connection connection):
         """Count a connection no more."""
-        if connection in self.connections:
-            self.connections.remove(connection)
-            self.open -= 1
+        self.connections.discard(connection)
         if connection in self.idle:
             self.idle.remove(connection)
         self.serve_waiting()
@@ -329,7 +362,12 @@ cdef class Pool:
         """Close what has been idle for too long, and give up what takes too long."""
         cdef Connection connection
         cdef double now = self.now()
+        cdef Py_ssize_t unsent
         for connection in list(self.connections):
+            unsent = connection.transport.get_write_buffer_size()
+            if unsent < connection.unsent:
+                connection.deadline = now + self.read_timeout_s  # it still takes in the request
+            connection.unsent = unsent
             if connection.receiver is None:
                 if now - connection.idle_since >= KEPT_S and connection in self.idle:
                     self.idle.remove(connection)
@@ -342,17 +380,34 @@ cdef class Pool:
         self.sweeper = self.loop.call_later(self.tick_s, self.sweep) if alive else None
 
     async def close(self):
-        """Close all connections; what was under way is told that it failed."""
+        """Close all connections, for good; whoever waits for something is told that there will be nothing."""
         cdef Connection connection
-        for task in list(self.connecting):
-            task.cancel()
-        for connection in list(self.connections):
-            connection.transport.abort()
+        self.closed = True
         if self.sweeper is not None:
             self.sweeper.cancel()
             self.sweeper = None
-        if self.connections or self.connecting:
+        while self.waiting:
+            self.next_waiting().failed(stopping(False))
+        for task in self.connecting:
+            task.cancel()
+        for connection in list(self.connections):
+            connection.fail(stopping(True))
+            connection.transport.abort()
+        while self.connections or self.connecting:
             await asyncio.sleep(0)  # so that they are told
+
+
+def stopping(sent):
+    return UpstreamError("the provider is not asked any more: the server stops", sent=sent)
+
+
+def unreached(error):
+    """Return the error of a call for which there is no connection."""
+    if isinstance(error, TimeoutError):
+        return UpstreamTimeout("the provider could not be reached in time", sent=False)
+    if isinstance(error, asyncio.CancelledError):
+        return stopping(False)
+    return UpstreamError(f"the provider could not be reached ({reason_of(error)})", sent=False)
 
 
 def tls_context(ca_file, ca_dir):
@@ -360,7 +415,10 @@ def tls_context(ca_file, ca_dir):
         import certifi  # whoever speaks no TLS need not load it
 
         ca_file = certifi.where()
-    context = ssl.create_default_context(cafile=ca_file, capath=ca_dir)
+    try:
+        context = ssl.create_default_context(cafile=ca_file, capath=ca_dir)
+    except OSError as error:
+        raise OSError(error.errno, f"no certificates in {ca_file or ca_dir}: {error.strerror}") from None
     context.set_alpn_protocols(["http/1.1"])
     return context
 
@@ -373,9 +431,10 @@ def reason_of(error):
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-# --- for whoever can wait -----------------------------------------------------------------------------------------
+# --- for whoever can wait ---------------------------------------------------------------------------------------
 
 
+@cython.final
 cdef class Response(Receiver):
     """An answer whose head has come and whose body is coming: ``UpstreamResponse``."""
 
@@ -456,8 +515,8 @@ cdef class Response(Receiver):
 
 
 cdef class PooledUpstream:
-    def __cinit__(self, hop):
-        self.pool = Pool(hop)
+    def __cinit__(self, hop, loop=None):
+        self.pool = Pool(hop, loop)
 
     def describe(self):
         return self.pool.hop.describe()
@@ -465,6 +524,7 @@ cdef class PooledUpstream:
     async def open(self, request):
         cdef Response response = Response(self.pool)
         response.repeatable = may_be_repeated(request)
+        response.bodiless = request.method == "HEAD"
         response.message = self.pool.write(request.method, request.path, request.headers, request.body)
         self.pool.send(response)
         try:
