@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import (  # type: ignore[attr-defined] # typeshed does not have it all
+    getproxies_environment,
+    proxy_bypass_environment,
+)
 
 import falcon
 from dotenv import dotenv_values

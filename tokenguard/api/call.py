@@ -177,7 +177,7 @@ class CallSoon(Call):
     def _settle(self, settlement: Settlement | None) -> None:
         """Carry out a settlement; it goes on by itself where that takes a while."""
         if settlement is None or settlement.tokens is None or not self._guard.limiter.waits:
-            Call._settle(self, settlement)
+            Call._settle(self, settlement)  # noqa: SLF001 - the base's own
         else:
             self._settle_soon(settlement, settlement.tokens)
 

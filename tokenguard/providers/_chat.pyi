@@ -73,11 +73,11 @@ class ChatRequest:
 def scan_chat(raw: bytes) -> ChatRequest | None:
     """Return what a plain body asks for; None if ``careful.read_chat`` must say what it is, or is not.
 
-    Plain is strict JSON in UTF-8 whose members are what they should be, as ``read_chat`` in ``openai`` reads it, and
-    that has none of these: attachments; a model whose name is not visible ASCII; an upper-case letter in the name of
-    an outer member, or anything but ASCII; an escape in the name of any member; a number such as 5.0 where a whole
-    one belongs; a number other than a whole one in tools, functions or response_format; half a surrogate pair; over
-    64 levels, 64 members in one object, or 300 digits in one number.
+    Plain is strict JSON in UTF-8 whose members are what they should be, as ``read_chat`` in ``openai`` reads it,
+    and that has none of these: attachments; a model whose name is not visible ASCII; an upper-case letter in the
+    name of an outer member, or anything but ASCII; an escape in the name of any member; a number such as 5.0 where
+    a whole one belongs; a number other than a whole one in tools, functions or response_format; half a surrogate
+    pair; over 64 levels, 64 members in one object, or 300 digits in one number.
     """
 
 @final

@@ -8,9 +8,11 @@ cdef struct Framing:
     bint host
     bint odd
 
+
 cdef Py_ssize_t find_head_end(const char *data, Py_ssize_t size) noexcept
 cdef list read_fields(const char *at, const char *end, Framing *framing)
 cdef bytes write_message(bytes first, list fields, bytes body, bint told)
+
 
 @cython.final
 cdef class AnswerReader:

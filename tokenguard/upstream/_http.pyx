@@ -49,17 +49,17 @@ cdef PyObject *KNOWN[1 << KNOWN_BITS]
 
 cdef tuple _kept = tuple(
     b"accept accept-encoding accept-language access-control-allow-origin access-control-expose-headers age "
-    b"alt-svc api-key authorization cache-control cf-cache-status cf-ray connection content-encoding content-length "
-    b"content-type cookie date etag expect expires forwarded host idempotency-key keep-alive location "
-    b"openai-beta openai-model openai-organization openai-processing-ms openai-project openai-version origin "
-    b"pragma referer server set-cookie strict-transport-security te traceparent tracestate trailer transfer-encoding "
-    b"upgrade user-agent vary via x-api-key x-content-type-options x-envoy-upstream-service-time "
-    b"x-forwarded-for x-forwarded-host x-forwarded-proto x-llm-rolegroup x-openai-proxy-wasm "
-    b"x-ratelimit-limit-requests x-ratelimit-limit-tokens x-ratelimit-remaining-requests "
-    b"x-ratelimit-remaining-tokens x-ratelimit-reset-requests x-ratelimit-reset-tokens x-real-ip x-request-id "
-    b"x-role x-stainless-arch x-stainless-async x-stainless-lang x-stainless-os x-stainless-package-version "
-    b"x-stainless-read-timeout x-stainless-retry-count x-stainless-runtime x-stainless-runtime-version "
-    b"x-team-id x-user-id".split()
+    b"alt-svc api-key authorization cache-control cf-cache-status cf-ray connection content-encoding "
+    b"content-length content-type cookie date etag expect expires forwarded host idempotency-key "
+    b"keep-alive location openai-beta openai-model openai-organization openai-processing-ms openai-project "
+    b"openai-version origin pragma referer server set-cookie strict-transport-security te traceparent "
+    b"tracestate trailer transfer-encoding upgrade user-agent vary via x-api-key x-content-type-options "
+    b"x-envoy-upstream-service-time x-forwarded-for x-forwarded-host x-forwarded-proto x-llm-rolegroup "
+    b"x-openai-proxy-wasm x-ratelimit-limit-requests x-ratelimit-limit-tokens "
+    b"x-ratelimit-remaining-requests x-ratelimit-remaining-tokens x-ratelimit-reset-requests "
+    b"x-ratelimit-reset-tokens x-real-ip x-request-id x-role x-stainless-arch x-stainless-async "
+    b"x-stainless-lang x-stainless-os x-stainless-package-version x-stainless-read-timeout "
+    b"x-stainless-retry-count x-stainless-runtime x-stainless-runtime-version x-team-id x-user-id".split()
 )
 cdef bytes CONTENT_LENGTH, TRANSFER_ENCODING, CONNECTION, HOST, EXPECT, UPGRADE
 
