@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import ssl
 import struct
 from contextlib import asynccontextmanager, suppress
 
@@ -37,7 +38,7 @@ class Line:
     async def request(self):
         """Return the next request; raise IncompleteReadError where the connection ends instead."""
         head = await self._reader.readuntil(b"\r\n\r\n")
-        length = re.search(rb"\r\ncontent-length: (\d+)", head)
+        length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
         body = await self._reader.readexactly(int(length[1])) if length else b""
         self.requests.append((head, body))
         return head, body
@@ -130,6 +131,13 @@ class Provider:
         finally:
             writer.close()
             self._tasks.discard(task)
+
+
+def server_context(authority, *names):
+    """Return what a server of those names needs, by an authority of trustme's."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(*names).configure_cert(context)
+    return context
 
 
 def hop_to(url, **more):

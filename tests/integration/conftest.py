@@ -5,12 +5,26 @@ import gc
 import inspect
 
 import pytest
+import trustme
 import uvloop
 
 from tests.nodes import HastyNode
+from tests.provider import server_context
 from tests.proxy import Road
 from tests.redis_servers import RedisServer, valkey_command
 from tests.variants import variant
+
+
+@pytest.fixture(scope="session")
+def authority():
+    """Whose certificates nobody else vouches for."""
+    return trustme.CA()
+
+
+@pytest.fixture
+def tls(authority):
+    """What a server needs that is this host."""
+    return server_context(authority, "localhost", "127.0.0.1")
 
 
 @pytest.fixture(scope="session")

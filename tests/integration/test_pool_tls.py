@@ -6,9 +6,20 @@ import ssl
 from datetime import datetime
 
 import pytest
-import trustme
 
-from tests.provider import CHUNKED, OK, Provider, ask, calling, polite, request, saying, seen, state
+from tests.provider import (
+    CHUNKED,
+    OK,
+    Provider,
+    ask,
+    calling,
+    polite,
+    request,
+    saying,
+    seen,
+    server_context,
+    state,
+)
 from tokenguard.config import read_config
 from tokenguard.errors import UpstreamError, UpstreamTimeout
 from tokenguard.wiring import provider as hop_of
@@ -19,27 +30,10 @@ UNREACHED = r"^the provider could not be reached \("
 
 
 @pytest.fixture(scope="module")
-def authority():
-    return trustme.CA()
-
-
-@pytest.fixture(scope="module")
 def ca_file(authority, tmp_path_factory):
     path = tmp_path_factory.mktemp("ca") / "ca.pem"
     authority.cert_pem.write_to_path(path)
     return str(path)
-
-
-def server_context(authority, *names):
-    """Return what a server of those names needs."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(*names).configure_cert(context)
-    return context
-
-
-@pytest.fixture
-def tls(authority):
-    return server_context(authority, "localhost", "127.0.0.1")
 
 
 def unreached(match):
