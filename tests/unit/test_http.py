@@ -1,11 +1,13 @@
 """Bytes of HTTP/1.1 are read strictly: what two readers could take for two things is not taken."""
 
+from random import Random
+
 import httptools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.answers import Read, compare, cut, drawn, ours
+from tests.answers import Read, compare, cut, drawn, hunt, ours
 from tests.strategies import properties
 from tokenguard.errors import UpstreamError
 from tokenguard.upstream import _http
@@ -365,6 +367,12 @@ def test_errors_say_what_is_wrong():
 def test_whatever_we_take_llhttp_takes_alike(rng):
     """Answers plain and damaged, in any pieces: what we take, llhttp takes for the same."""
     compare(*drawn(rng))
+
+
+def test_thousands_of_random_answers_are_read_as_llhttp_reads_them():
+    """More of the same; ``python -m tests.answers`` goes on for as long as it is told."""
+    count, taken = hunt(Random().getrandbits(32), lambda count: count < 5_000)
+    assert taken > count / 5
 
 
 # --- requests ---------------------------------------------------------------------------------------------------
