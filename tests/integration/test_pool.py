@@ -331,6 +331,16 @@ async def test_body_that_is_cut_is_no_whole_one(sent, came):
         await response.close()
 
 
+async def test_answer_whose_body_is_none_from_its_beginning():
+    """Its head has come, and is passed on."""
+    async with facing(saying(CHUNKED + b"zz\r\n")) as (_, upstream):
+        response = await upstream.open(request())
+        assert response.status == 200
+        with fails(UpstreamError, "is no HTTP .a chunk has no size.", sent=True):
+            await anext(response)
+        await response.close()
+
+
 async def test_connection_that_breaks_says_how():
     """A reset is told from an end."""
 
@@ -415,6 +425,15 @@ async def test_refused_connection_says_so():
         for _ in range(2):
             with fails(UpstreamError, rf"{UNREACHED} \(ConnectionRefusedError: .*\)$", sent=False):
                 await ask(upstream)
+
+
+async def test_refused_connection_makes_room_for_whoever_waits():
+    """The next attempt is that of whoever waits."""
+    async with Provider() as provider:
+        port = provider.port
+    async with calling(f"http://127.0.0.1:{port}", max_connections=1) as upstream:
+        errors = await asyncio.gather(ask(upstream), ask(upstream), return_exceptions=True)
+        assert all("ConnectionRefusedError" in str(error) for error in errors)
 
 
 @pytest.mark.parametrize("host", ["nobody.invalid", "a..b", "x" * 64])

@@ -289,6 +289,7 @@ cdef class Pool:
         dead does not use up all of it, and is tried last from then on.
         """
         addresses = await self.loop.getaddrinfo(self.hop.host, self.hop.port, type=socket.SOCK_STREAM)
+        self.dead &= {info[4] for info in addresses}
         addresses.sort(key=lambda info: info[4] in self.dead)
         end = self.now() + self.hop.connect_timeout_s
         for left in range(len(addresses), 0, -1):
