@@ -163,7 +163,6 @@ cdef class Connection:
         if receiver is not None:
             self.receiver = receiver.connection = None
         if again:
-            receiver.repeatable = False
             self.pool.connect(receiver)  # first: the room that this one leaves is not for whoever waits
         self.pool.forget(self)
         if receiver is not None and not again:
@@ -250,6 +249,9 @@ cdef class Pool:
         cdef Connection connection
         try:
             connection = task.result()
+            if self.closed:
+                connection.drop()
+                raise asyncio.CancelledError
             if connection.transport.is_closing():
                 raise ConnectionAbortedError(ECONNABORTED, "it closed the connection at once")
         except (Exception, asyncio.CancelledError) as error:
@@ -264,52 +266,34 @@ cdef class Pool:
             connection.carry(receiver, False)
 
     async def reach(self):
-        """Return a new connection."""
-        cdef Connection connection = Connection(self)
+        """Return a new connection.
+
+        The provider's addresses are tried one after the other, and each may take its share of what time is left:
+        one that is dead does not use up all of it, and is tried last from then on.
+        """
         if self.hop.tls and self.tls is None:
             self.tls = tls_context(self.hop.ca_file, self.hop.ca_dir)
-        async with asyncio.timeout(self.hop.connect_timeout_s):
-            connected = await self.dial()
-            try:
-                await self.loop.create_connection(
-                    lambda: connection,
-                    sock=connected,
-                    ssl=self.tls,
-                    server_hostname=self.hop.host if self.hop.tls else None,
-                )
-            except BaseException:
-                connected.close()
-                raise
-        return connection
-
-    async def dial(self):
-        """Return a socket that is connected to the provider.
-
-        Its addresses are tried one after the other, and each may take its share of what time is left: one that is
-        dead does not use up all of it, and is tried last from then on.
-        """
-        addresses = await self.loop.getaddrinfo(self.hop.host, self.hop.port, type=socket.SOCK_STREAM)
-        self.dead &= {info[4] for info in addresses}
-        addresses.sort(key=lambda info: info[4] in self.dead)
         end = self.now() + self.hop.connect_timeout_s
+        async with asyncio.timeout(self.hop.connect_timeout_s):
+            found = await self.loop.getaddrinfo(self.hop.host, self.hop.port, type=socket.SOCK_STREAM)
+        addresses = [info[4] for info in found]
+        self.dead.intersection_update(addresses)
+        addresses.sort(key=self.dead.__contains__)
         for left in range(len(addresses), 0, -1):
-            *kind, _, address = addresses[-left]
-            connecting = None
+            address = addresses[-left]
             try:
-                connecting = socket.socket(*kind)
-                connecting.setblocking(False)
-                connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 async with asyncio.timeout((end - self.now()) / left):
-                    await self.loop.sock_connect(connecting, address)
+                    _, connection = await self.loop.create_connection(
+                        lambda: Connection(self),
+                        *address[:2],
+                        ssl=self.tls,
+                        server_hostname=self.hop.host if self.hop.tls else None,
+                    )
                 self.dead.discard(address)
-                return connecting
-            except BaseException as error:
-                if connecting is not None:
-                    connecting.close()
-                if not isinstance(error, OSError):
-                    raise
+                return connection
+            except OSError as error:
                 self.dead.add(address)
-                if left == 1:
+                if left == 1 or isinstance(error, ssl.SSLError):
                     raise
 
     def serve_waiting(self):
