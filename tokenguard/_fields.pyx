@@ -181,9 +181,11 @@ cdef class Fields:
                 return False
             line.value = at
             at = last + 2
-            while last > line.value and ((last - 1)[0] == c" " or (last - 1)[0] == c"\t"):
-                last -= 1
+            if last > line.value and ((last - 1)[0] == c" " or (last - 1)[0] == c"\t"):
                 self.odd = True
+            # NOTE: a tab at the end stays: other readers do not take "chunked<tab>" for chunked.
+            while last > line.value and (last - 1)[0] == c" ":
+                last -= 1
             line.value_size = last - line.value
             if line.known and line.known <= UPGRADE and not self.frame(line):
                 return False

@@ -95,7 +95,6 @@ def _run(config: Config, upstream: Upstream, host: str, port: int, workers: int 
 
     def serve(backend: Backend, ready: Callable[[], None], lifeline: int | None = None) -> None:
         app = create_app(config, upstream, backend)
-        fast = config.fast_lane and isinstance(upstream, PooledUpstream)
         run(
             app,
             listening,
@@ -103,7 +102,7 @@ def _run(config: Config, upstream: Upstream, host: str, port: int, workers: int 
             caller_timeout_s=config.caller_timeout_s,
             patience_s=config.shutdown_timeout_s,
             lifeline=lifeline,
-            lane=Lane(app.guard, upstream) if fast else None,
+            lane=Lane(app.guard, upstream) if config.fast_lane and isinstance(upstream, PooledUpstream) else None,
         )
 
     def say() -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tokenguard import refusal
 from tokenguard._version import __version__
@@ -151,8 +151,9 @@ class Server(uvicorn.Server):
         if running := len(self.server_state.tasks):
             _log.info("stopping: %d running calls have %d s to end", running, self._patience_s)
         await super().shutdown(sockets)
-        for left in [task for task in self.server_state.tasks if isinstance(task, Connection)]:
-            left.stop()  # after a second signal nobody has; tasks are cancelled with the loop
+        for left in list[object](self.server_state.tasks):
+            if isinstance(left, Connection):
+                left.stop()  # after a second signal nobody has; tasks are cancelled with the loop
 
 
 class Protocol(HttpToolsProtocol):
@@ -194,7 +195,8 @@ class Protocol(HttpToolsProtocol):
     @property
     def idle(self) -> bool:
         """Whether it is between two requests."""
-        return not self._reading and not self.pipeline and (self.cycle is None or self.cycle.response_complete)
+        cycle: RequestResponseCycle | None = self.cycle  # there is none before the first
+        return not self._reading and not self.pipeline and (cycle is None or cycle.response_complete)
 
     def rest(self) -> None:
         """Expect nothing: somebody else reads the next request."""

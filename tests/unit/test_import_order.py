@@ -1,6 +1,7 @@
 """Imports only point down, and what belongs to one room stays in it."""
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def name_of(path):
 
 
 SOURCES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-MODULES = {*SOURCES, *(name_of(path) for path in PACKAGE.rglob("*.pyx"))}
+COMPILED = {name_of(path): path for path in sorted(PACKAGE.rglob("*.pyx"))}
+MODULES = {*SOURCES, *COMPILED}
 
 
 def imports_of(tree):
@@ -56,8 +58,17 @@ def imports_of(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+def imports_of_cython(text):
+    """Yield the full names that a compiled module imports, from Python or from C."""
+    yield from re.findall(r"^ *c?import ([\w.]+)", text, re.MULTILINE)
+    for module, names in re.findall(r"^ *from ([\w.]+) c?import (\([^)]*\)|.*)", text, re.MULTILINE):
+        yield from (f"{module}.{name}" for name in re.findall(r"(\w+)(?: as \w+)?", names.partition("#")[0]))
+
+
 TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in SOURCES.items()}
-IMPORTS = {name: set(imports_of(tree)) for name, tree in TREES.items()}
+IMPORTS = {name: set(imports_of(tree)) for name, tree in TREES.items()} | {
+    name: set(imports_of_cython(path.read_text())) for name, path in COMPILED.items()
+}
 
 
 def ours(imported):
@@ -77,10 +88,11 @@ def floor(name):
     return next(number for number, rooms in enumerate(FLOORS) if ROOM[name] in rooms)
 
 
-each_module = pytest.mark.parametrize("name", sorted(SOURCES), ids=lambda name: name or "tokenguard")
+each_module = pytest.mark.parametrize("name", sorted(MODULES), ids=lambda name: name or "tokenguard")
+each_source = pytest.mark.parametrize("name", sorted(SOURCES), ids=lambda name: name or "tokenguard")
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+@each_module
 def test_module_is_on_a_floor(name):
     """Every module of the package has its place in the house; a new room is to be put on a floor here."""
     assert sum(ROOM[name] in rooms for rooms in FLOORS) == 1, f"{name} is on no floor: see DESIGN section 3"
@@ -113,6 +125,13 @@ def test_roots_are_imported_by_roots_alone():
     assert importers <= ROOTS | {"__main__"}
 
 
+def test_compiled_modules_are_known_with_what_they_import():
+    """What a compiled module imports counts, as it does for any other."""
+    assert {"_bucket", "upstream._http", "upstream._pool", "lane._lane"} <= EDGES.keys()
+    assert {"upstream._http", "upstream", "errors"} <= EDGES["upstream._pool"]
+    assert {"api.call", "upstream._pool"} <= EDGES["lane._lane"]
+
+
 def test_imports_have_no_cycles():
     """Each module can be understood after those that it imports."""
     TopologicalSorter(EDGES).prepare()
@@ -134,7 +153,7 @@ def attributes_of(tree):
     return {f"{node.value.id}.{node.attr}" for node in nodes}
 
 
-@each_module
+@each_source
 def test_environment_is_read_by_roots_alone(name):
     """Nothing below the composition roots asks the environment; config is given what it reads."""
     asked = (attributes_of(TREES[name]) | IMPORTS[name]) & {"os.environ", "os.environb", "os.getenv", "os.getenvb"}
@@ -143,12 +162,12 @@ def test_environment_is_read_by_roots_alone(name):
 
 
 BY_THE_CLOCK = {"demo", "backends.keeper", "upstream.httpx_hop"}
-"""Lower rooms that do something now and then, on their own; they decide upon no bucket."""
+"""Lower rooms that do something now and then, or wait, on their own; they decide upon no bucket."""
 
 CLOCKS = {"time.time", "time.time_ns", "time.monotonic", "time.monotonic_ns", "datetime.now", "datetime.utcnow"}
 
 
-@each_module
+@each_source
 def test_clock_is_read_at_the_edge_alone(name):
     """Below the drivers time is an argument, or is read inside the lock."""
     read = (attributes_of(TREES[name]) | IMPORTS[name]) & CLOCKS

@@ -1,8 +1,10 @@
-"""The fast lane: a caller's connection to ``tokenguard serve``, from the bytes of a request to those of its answer."""
+"""The fast lane: a caller's connection to ``serve``, from the bytes of a request to those of its answer."""
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
+
+from typing_extensions import disjoint_base
 
 from tokenguard.api.call import Guard
 from tokenguard.upstream._pool import PooledUpstream
@@ -10,6 +12,7 @@ from tokenguard.upstream._pool import PooledUpstream
 CHAT_ROUTE: str
 """The one path that the lane answers."""
 
+@disjoint_base
 class Lane:
     """What is the same for all connections of a server.
 
@@ -18,8 +21,9 @@ class Lane:
         upstream: The provider.
     """
 
-    def __init__(self, guard: Guard, upstream: PooledUpstream) -> None: ...
+    def __new__(cls, guard: Guard, upstream: PooledUpstream) -> Self: ...
 
+@disjoint_base
 class Connection(asyncio.Protocol):
     """A caller's connection, as a protocol for uvicorn.
 
@@ -41,6 +45,7 @@ class Connection(asyncio.Protocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None: ...
+    def connection_lost(self, error: Exception | None) -> None: ...
     def shutdown(self) -> None:
         """End when the request that is being answered is; the server stops."""
 

@@ -1,9 +1,9 @@
 # cython: freethreading_compatible=True, auto_pickle=False, autotestdict=False
 """The fast lane. The stub, _lane.pyi, is its manual.
 
-A connection looks at the beginning of each request. A plain ``POST /v1/chat/completions`` is answered here; whatever
-else comes, and whatever is odd about it, goes byte for byte to the protocol behind, which is uvicorn's, and so to
-Falcon. Both answer alike: the same statuses, fields and bodies, the same charges, the same metrics.
+A connection looks at the beginning of each request. A plain ``POST /v1/chat/completions`` is answered here;
+whatever else comes, and whatever is odd about it, goes byte for byte to the protocol behind, which is uvicorn's,
+and so to Falcon. Both answer alike: the same statuses, fields and bodies, the same charges, the same metrics.
 
 No task and no queue is made for a call. Its steps are callbacks: the body is there; the buckets have answered; the
 provider has; the caller reads on, or is gone.

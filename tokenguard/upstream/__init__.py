@@ -18,8 +18,13 @@ KEEPALIVE_S = 30.0
 class UpstreamResponse(Protocol):
     """An answer whose head has come and whose body is coming."""
 
-    status: int
-    headers: Headers
+    @property
+    def status(self) -> int:
+        """The status: 200 to 599."""
+
+    @property
+    def headers(self) -> Headers:
+        """The fields, the names in lower case."""
 
     def chunks(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes, not decoded.
@@ -52,8 +57,13 @@ class Upstream(Protocol):
 class SyncUpstreamResponse(Protocol):
     """What ``UpstreamResponse`` is, for a thread."""
 
-    status: int
-    headers: Headers
+    @property
+    def status(self) -> int:
+        """The status: 200 to 599."""
+
+    @property
+    def headers(self) -> Headers:
+        """The fields, the names in lower case."""
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the body as it comes, not decoded."""

@@ -1,9 +1,13 @@
+cimport cython
 from libc.stdint cimport int64_t, uint8_t
 
 from tokenguard._fields cimport Fields
 
+
 cdef Py_ssize_t find_head_end(const char *data, Py_ssize_t size) noexcept
 
+
+@cython.final
 cdef class AnswerReader:
     cdef readonly int status
     cdef Fields fields

@@ -6,12 +6,12 @@ told once, in one way. What two readers could take for different things is not t
 Source: RFC 9110, sections 5 and 6; RFC 9112, sections 2 and 4 to 7.
 """
 
-from typing import Final
+from typing import Final, final
 
 from tokenguard.model import Headers
 
 MAX_HEAD_BYTES: Final[int]
-"""The most bytes that the head of an answer may have, together with those of the interim answers before: 64 KiB."""
+"""The most bytes of the head of an answer, together with those of the interim answers before: 64 KiB."""
 MAX_FIELDS: Final[int]
 """The most fields that a head may have: 256."""
 MAX_CHUNK_LINE_BYTES: Final[int]
@@ -19,6 +19,7 @@ MAX_CHUNK_LINE_BYTES: Final[int]
 MAX_TRAILER_BYTES: Final[int]
 """The most bytes that may stand behind the last chunk: 8 KiB."""
 
+@final
 class AnswerReader:
     """Reads one answer after the other, in whatever pieces they come.
 
@@ -78,6 +79,6 @@ def read_head(head: bytes) -> tuple[bytes, Headers, int | None, bool] | None:
         head: All of it, and nothing more.
 
     Returns:
-        The first line as it is, without its end, the fields, the length of the body in bytes and whether that comes
+        The first line as it is, without its end, the fields, the length of the body in bytes and whether that is
         in chunks; None if it is not plain.
     """

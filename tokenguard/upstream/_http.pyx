@@ -6,8 +6,8 @@ What is read here is read strictly, as the fields of a head are by _fields.pyx.
 
 Source: RFC 9110, section 6; RFC 9112, sections 2, 6 and 7.
 
-SAFETY: boundscheck is off. Every pointer runs from the beginning of a bytes object to its end, which is an argument
-or a local of each function, and is compared to it before it is read from.
+SAFETY: boundscheck is off. Every pointer runs from the beginning of a bytes object to its end, which is an
+argument or a local of each function, and is compared to it before it is read from.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -51,7 +51,7 @@ def read_head(bytes head not None):
     return head[:first - at], fields.as_list(), fields.length if fields.length >= 0 else None, fields.chunked
 
 
-# --- answers ------------------------------------------------------------------------------------------------------
+# --- answers ----------------------------------------------------------------------------------------------------
 
 cdef enum:
     HEAD

@@ -1,3 +1,5 @@
+cimport cython
+
 from tokenguard._fields cimport Fields
 from tokenguard.model cimport UpstreamRequest
 from tokenguard.upstream._http cimport AnswerReader
@@ -10,6 +12,7 @@ cdef class Receiver:
     cdef Connection connection
     cdef bytes message
     cdef bint repeatable
+    cdef bint bodiless
     cdef bint left
     cdef object patience
     cdef int answered(self, int status, Fields fields, bytes piece, bint done) except -1
@@ -19,6 +22,7 @@ cdef class Receiver:
     cdef void resume(self)
 
 
+@cython.final
 cdef class Connection:
     cdef Pool pool
     cdef AnswerReader reader
@@ -33,6 +37,7 @@ cdef class Connection:
     cdef double deadline
     cdef double end
     cdef double idle_since
+    cdef Py_ssize_t unsent
     cdef int carry(self, Receiver receiver, bint reused) except -1
     cdef bint written(self)
     cdef bint healthy(self)
@@ -41,6 +46,7 @@ cdef class Connection:
     cdef void drop(self)
 
 
+@cython.final
 cdef class Pool:
     cdef readonly object hop
     cdef object loop
@@ -52,17 +58,22 @@ cdef class Pool:
     cdef dict firsts
     cdef list idle
     cdef set connections
-    cdef set connecting
+    cdef dict connecting
+    cdef set dead
     cdef object waiting
-    cdef int open
+    cdef bint closed
     cdef int most
+    cdef bint by_loop
+    cdef double now(self) except? -1
     cdef bytes write(self, UpstreamRequest request)
     cdef int send(self, Receiver receiver) except -1
     cdef int connect(self, Receiver receiver) except -1
+    cdef Receiver next_waiting(self)
     cdef int free(self, Connection connection) except -1
     cdef void forget(self, Connection connection)
     cdef void leave(self, Receiver receiver)
 
 
+@cython.final
 cdef class PooledUpstream:
     cdef readonly Pool pool

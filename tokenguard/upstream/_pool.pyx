@@ -1,20 +1,22 @@
 # cython: freethreading_compatible=True, auto_pickle=False, autotestdict=False
-"""The hop to the provider: a pool of connections that are kept, over HTTP/1.1. The stub, _pool.pyi, is its manual.
+"""The hop to the provider: connections that are kept, over HTTP/1.1. The stub, _pool.pyi, is its manual.
 
 A connection carries one request at a time, and what becomes of it is told to a receiver, at once and without a
 task. The newest idle connection is taken first, so that the others grow old and are closed.
 
 A request is sent a second time only if it was sent over a connection that had been used before, that connection
-ended before a single byte of an answer had come, and the request may be repeated: GET, HEAD, or whatever the caller
-gave an ``idempotency-key``. docs/decisions/009-fast-lane.md says why.
+ended before a single byte of an answer had come, and the request may be repeated: GET, HEAD, or whatever the
+caller gave an ``idempotency-key``. docs/decisions/009-fast-lane.md says why.
 """
 
 import asyncio
+import socket
 import ssl
 from collections import deque
 
+cimport cython
 from cpython.bytes cimport PyBytes_GET_SIZE
-from libc.errno cimport EAGAIN, errno
+from libc.errno cimport EAGAIN, ECONNABORTED, errno
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from tokenguard._fields cimport Fields
@@ -69,7 +71,7 @@ cdef class Receiver:
     cdef void resume(self):
         if self.connection is not None and self.connection.paused:
             self.connection.paused = False
-            self.connection.deadline = clock_s() + self.connection.pool.read_timeout_s
+            self.connection.deadline = self.connection.pool.now() + self.connection.pool.read_timeout_s
             self.connection.transport.resume_reading()
 
 
@@ -87,11 +89,13 @@ cdef class Connection:
 
     cdef int carry(self, Receiver receiver, bint reused) except -1:
         """Send a request."""
-        cdef double now = clock_s()
+        cdef double now = self.pool.now()
         self.receiver = receiver
         receiver.connection = self
         self.reused = reused
         self.heard = self.told = False
+        self.unsent = 0
+        self.reader.begin(receiver.bodiless)
         self.deadline = now + self.pool.read_timeout_s
         self.end = now + self.pool.total_timeout_s
         self.long = PyBytes_GET_SIZE(receiver.message) > LONG_BYTES
@@ -105,15 +109,11 @@ cdef class Connection:
     cdef bint healthy(self):
         """Return whether it can carry a request: nobody has closed it, or said something that nobody asked for."""
         cdef char byte
-        cdef Py_ssize_t size
         if self.transport.is_closing():
             return False
-        if clock_s() - self.idle_since < TRUSTED_S:
+        if self.pool.now() - self.idle_since < TRUSTED_S:
             return True  # PERF: the loop would have been told by now
-        size = recv(self.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
-        if size < 0:
-            return errno == EAGAIN
-        return size > 0 and self.pool.tls is not None  # there it may be a matter of TLS
+        return recv(self.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 and errno == EAGAIN
 
     def data_received(self, bytes data):
         cdef Receiver receiver = self.receiver
@@ -123,7 +123,7 @@ cdef class Connection:
             self.drop()  # nobody asked
             return
         self.heard = True
-        self.deadline = clock_s() + self.pool.read_timeout_s
+        self.deadline = self.pool.now() + self.pool.read_timeout_s
         try:
             piece = self.reader.feed(data)
         except UpstreamError as error:
@@ -179,14 +179,12 @@ cdef class Connection:
     def connection_lost(self, error):
         cdef Receiver receiver = self.receiver
         cdef bint again = receiver is not None and receiver.repeatable and self.reused and not self.heard
+        if receiver is not None:
+            self.receiver = receiver.connection = None
         if again:
-            receiver.repeatable = False
             self.pool.connect(receiver)  # first: the room that this one leaves is not for whoever waits
         self.pool.forget(self)
-        if receiver is None:
-            return
-        self.receiver = receiver.connection = None
-        if not again:
+        if receiver is not None and not again:
             what = "closed the connection" if error is None else reason_of(error)
             receiver.failed(UpstreamError(f"the provider's answer broke off ({what})", sent=True))
 
@@ -198,15 +196,23 @@ cdef class Connection:
 
 
 cdef class Pool:
-    def __cinit__(self, hop):
-        self.hop = hop
+    def __cinit__(self, hop, loop=None):
+        self.hop, self.loop, self.by_loop = hop, loop, loop is not None
         self.read_timeout_s, self.total_timeout_s = hop.read_timeout_s, hop.total_timeout_s
         self.tick_s = min(1.0, self.read_timeout_s / 8, self.total_timeout_s / 8)
         self.firsts = {}
         self.idle = []
-        self.connections, self.connecting = set(), set()
+        self.connections, self.connecting, self.dead = set(), {}, set()
         self.waiting = deque()
         self.most = hop.max_connections
+
+    def __repr__(self):
+        idle, busy = len(self.idle), len(self.connections) - len(self.idle)
+        return f"<Pool: {idle} idle, {busy} busy, {len(self.connecting)} connecting, {len(self.waiting)} waiting>"
+
+    cdef double now(self) except? -1:
+        # PERF: a loop is asked through Python, several times a call; one that was given has a clock of its own
+        return self.loop.time() if self.by_loop else clock_s()
 
     cdef bytes write(self, UpstreamRequest request):
         """Return a request as it travels."""
@@ -225,6 +231,9 @@ cdef class Pool:
     cdef int send(self, Receiver receiver) except -1:
         """Send a request as soon as there is a connection for it; its receiver is told what comes of that."""
         cdef Connection connection
+        if self.closed:
+            receiver.failed(stopping(False))
+            return 0
         if self.loop is None:
             self.loop = asyncio.get_running_loop()
         while self.idle:
@@ -233,7 +242,7 @@ cdef class Pool:
                 connection.carry(receiver, True)
                 return 0
             connection.drop()
-        if self.open + len(self.connecting) < self.most:
+        if len(self.connections) + len(self.connecting) < self.most:
             self.connect(receiver)
         elif len(self.waiting) >= self.most:
             receiver.failed(self.hop.busy())
@@ -250,83 +259,96 @@ cdef class Pool:
 
     cdef int connect(self, Receiver receiver) except -1:
         """Open a connection for a request."""
-        task = self.loop.create_task(self.connect_for(receiver))
-        self.connecting.add(task)
-        task.add_done_callback(self.connecting.discard)
+        task = self.loop.create_task(self.reach())
+        self.connecting[task] = receiver
+        task.add_done_callback(self.reached)
         if self.sweeper is None:
             self.sweeper = self.loop.call_later(self.tick_s, self.sweep)
         return 0
 
-    async def connect_for(self, Receiver receiver not None):
-        cdef Connection connection = Connection(self)
+    def reached(self, task):
+        """There is a connection for a request, or there is none, and room for another one."""
+        cdef Receiver receiver = self.connecting.pop(task)
+        cdef Connection connection
         try:
-            if self.hop.tls and self.tls is None:
-                self.tls = tls_context(self.hop.ca_file, self.hop.ca_dir)
-            async with asyncio.timeout(self.hop.connect_timeout_s):
-                await self.loop.create_connection(
-                    lambda: connection,
-                    self.hop.host,
-                    self.hop.port,
-                    ssl=self.tls,
-                    server_hostname=self.hop.host if self.hop.tls else None,
-                )
-        except TimeoutError:
-            self.unreached(receiver, UpstreamTimeout("the provider could not be reached in time", sent=False))
-        except OSError as error:
-            what = f"the provider could not be reached ({reason_of(error)})"
-            self.unreached(receiver, UpstreamError(what, sent=False))
-        except asyncio.CancelledError:
-            self.unreached(receiver, UpstreamError("the provider is not asked any more", sent=False))
+            connection = task.result()
+            if self.closed:
+                connection.drop()
+                raise asyncio.CancelledError
+            if connection.transport.is_closing():
+                raise ConnectionAbortedError(ECONNABORTED, "it closed the connection at once")
+        except (Exception, asyncio.CancelledError) as error:
+            if not receiver.left:
+                receiver.failed(unreached(error))
+            self.serve_waiting()
+            return
+        self.connections.add(connection)
+        if receiver.left:
+            self.free(connection)
         else:
-            self.connecting.discard(asyncio.current_task())
-            self.open += 1
-            self.connections.add(connection)
-            if receiver.left:
-                self.free(connection)
-            else:
-                connection.carry(receiver, False)
+            connection.carry(receiver, False)
 
-    def unreached(self, Receiver receiver not None, error):
-        """Tell that there is no connection for a request; there is room for another one."""
-        self.connecting.discard(asyncio.current_task())
-        if not receiver.left:
-            receiver.failed(error)
-        self.serve_waiting()
+    async def reach(self):
+        """Return a new connection.
+
+        The provider's addresses are tried one after the other, and each may take its share of what time is left:
+        one that is dead does not use up all of it, and is tried last from then on.
+        """
+        if self.hop.tls and self.tls is None:
+            self.tls = tls_context(self.hop.ca_file, self.hop.ca_dir)
+        end = self.now() + self.hop.connect_timeout_s
+        async with asyncio.timeout(self.hop.connect_timeout_s):
+            found = await self.loop.getaddrinfo(self.hop.host, self.hop.port, type=socket.SOCK_STREAM)
+        addresses = [info[4] for info in found]
+        self.dead.intersection_update(addresses)
+        addresses.sort(key=self.dead.__contains__)
+        for left in range(len(addresses), 0, -1):
+            address = addresses[-left]
+            try:
+                async with asyncio.timeout((end - self.now()) / left):
+                    _, connection = await self.loop.create_connection(
+                        lambda: Connection(self),
+                        *address[:2],
+                        ssl=self.tls,
+                        server_hostname=self.hop.host if self.hop.tls else None,
+                    )
+                self.dead.discard(address)
+                return connection
+            except OSError as error:
+                self.dead.add(address)
+                if left == 1 or isinstance(error, ssl.SSLError):
+                    raise
 
     def serve_waiting(self):
         """Open a connection for whoever has waited longest, where one may be opened."""
-        cdef Receiver receiver
-        while self.waiting and self.open + len(self.connecting) < self.most:
-            receiver = self.waiting.popleft()
-            receiver.patience.cancel()
-            receiver.patience = None
-            self.connect(receiver)
+        while self.waiting and len(self.connections) + len(self.connecting) < self.most:
+            self.connect(self.next_waiting())
+
+    cdef Receiver next_waiting(self):
+        """Return who has waited longest, and waits no more."""
+        cdef Receiver receiver = self.waiting.popleft()
+        receiver.patience.cancel()
+        receiver.patience = None
+        return receiver
 
     cdef int free(self, Connection connection) except -1:
         """Keep a connection that is not needed any more for the next request, if it can carry one."""
-        cdef Receiver receiver
         if connection.paused:
             connection.paused = False
             connection.transport.resume_reading()
         if connection.reader.headed and not (connection.reader.reusable and connection.written()):
             connection.drop()
             return 0
-        connection.reader.begin(False)
         if self.waiting and not connection.transport.is_closing():
-            receiver = self.waiting.popleft()
-            receiver.patience.cancel()
-            receiver.patience = None
-            connection.carry(receiver, True)
+            connection.carry(self.next_waiting(), True)
         else:
-            connection.idle_since = clock_s()
+            connection.idle_since = self.now()
             self.idle.append(connection)
         return 0
 
     cdef void forget(self, Connection connection):
         """Count a connection no more."""
-        if connection in self.connections:
-            self.connections.remove(connection)
-            self.open -= 1
+        self.connections.discard(connection)
         if connection in self.idle:
             self.idle.remove(connection)
         self.serve_waiting()
@@ -345,8 +367,13 @@ cdef class Pool:
     def sweep(self):
         """Close what has been idle for too long, and give up what takes too long."""
         cdef Connection connection
-        cdef double now = clock_s()
+        cdef double now = self.now()
+        cdef Py_ssize_t unsent
         for connection in list(self.connections):
+            unsent = connection.transport.get_write_buffer_size()
+            if unsent < connection.unsent:
+                connection.deadline = now + self.read_timeout_s  # it still takes in the request
+            connection.unsent = unsent
             if connection.receiver is None:
                 if now - connection.idle_since >= KEPT_S and connection in self.idle:
                     self.idle.remove(connection)
@@ -359,17 +386,34 @@ cdef class Pool:
         self.sweeper = self.loop.call_later(self.tick_s, self.sweep) if alive else None
 
     async def close(self):
-        """Close all connections; what was under way is told that it failed."""
+        """Close all connections, for good; whoever waits for something is told that there will be nothing."""
         cdef Connection connection
-        for task in list(self.connecting):
-            task.cancel()
-        for connection in list(self.connections):
-            connection.transport.abort()
+        self.closed = True
         if self.sweeper is not None:
             self.sweeper.cancel()
             self.sweeper = None
-        if self.connections or self.connecting:
+        while self.waiting:
+            self.next_waiting().failed(stopping(False))
+        for task in self.connecting:
+            task.cancel()
+        for connection in list(self.connections):
+            connection.fail(stopping(True))
+            connection.transport.abort()
+        while self.connections or self.connecting:
             await asyncio.sleep(0)  # so that they are told
+
+
+def stopping(sent):
+    return UpstreamError("the provider is not asked any more: the server stops", sent=sent)
+
+
+def unreached(error):
+    """Return the error of a call for which there is no connection."""
+    if isinstance(error, TimeoutError):
+        return UpstreamTimeout("the provider could not be reached in time", sent=False)
+    if isinstance(error, asyncio.CancelledError):
+        return stopping(False)
+    return UpstreamError(f"the provider could not be reached ({reason_of(error)})", sent=False)
 
 
 def tls_context(ca_file, ca_dir):
@@ -377,7 +421,10 @@ def tls_context(ca_file, ca_dir):
         import certifi  # whoever speaks no TLS need not load it
 
         ca_file = certifi.where()
-    context = ssl.create_default_context(cafile=ca_file, capath=ca_dir)
+    try:
+        context = ssl.create_default_context(cafile=ca_file, capath=ca_dir)
+    except OSError as error:
+        raise OSError(error.errno, f"no certificates in {ca_file or ca_dir}: {error.strerror}") from None
     context.set_alpn_protocols(["http/1.1"])
     return context
 
@@ -390,9 +437,10 @@ def reason_of(error):
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-# --- for whoever can wait -----------------------------------------------------------------------------------------
+# --- for whoever can wait ---------------------------------------------------------------------------------------
 
 
+@cython.final
 cdef class Response(Receiver):
     """An answer whose head has come and whose body is coming: ``UpstreamResponse``."""
 
@@ -473,8 +521,8 @@ cdef class Response(Receiver):
 
 
 cdef class PooledUpstream:
-    def __cinit__(self, hop):
-        self.pool = Pool(hop)
+    def __cinit__(self, hop, loop=None):
+        self.pool = Pool(hop, loop)
 
     def describe(self):
         return self.pool.hop.describe()
@@ -482,6 +530,7 @@ cdef class PooledUpstream:
     async def open(self, request):
         cdef Response response = Response(self.pool)
         response.repeatable = may_be_repeated(request)
+        response.bodiless = request.method == "HEAD"
         response.message = self.pool.write(request)
         self.pool.send(response)
         try:
