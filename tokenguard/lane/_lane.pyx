@@ -461,7 +461,8 @@ cdef class LaneCall(Receiver):
             self.answer(answer)
         else:
             self.caller.keep_alive = False
-            self.write(b"", True)
+            out, self.head = self.head or b"", None
+            self.write(out, True)
         return 0
 
     cdef int pass_on(self, bytes piece, bint done) except -1:
