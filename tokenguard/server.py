@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tokenguard import refusal
@@ -25,6 +26,9 @@ from tokenguard.model import Answer
 
 KEEPALIVE_S = 75
 """How long a caller's idle connection is kept: longer than clients keep theirs, so that it is they who close."""
+
+MOST_WAITING = 16
+"""With as many requests ahead of their time, no more is read from a connection."""
 
 MAX_HEAD_BYTES = 65_536
 MAX_FIELDS = 256
@@ -167,6 +171,21 @@ class Unreadable(Exception):
         self.answer = answer
 
 
+class Flow(FlowControl):
+    """uvicorn's, which does not read on while too many requests wait.
+
+    Attributes:
+        held: Whether they do.
+    """
+
+    held = False
+
+    def resume_reading(self) -> None:
+        """Read on, if that may be."""
+        if not self.held:
+            super().resume_reading()
+
+
 class Protocol(HttpToolsProtocol):
     """uvicorn's, with bounds on a head, and with refusals in the provider's shape and in their turn."""
 
@@ -186,6 +205,7 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Expect a first request."""
         super().connection_made(transport)
+        self.flow: Flow = Flow(transport)
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -238,6 +258,7 @@ class Protocol(HttpToolsProtocol):
         self._forget_head()
         super().on_headers_complete()
         self._heading = False
+        self.flow.held = len(self.pipeline) >= MOST_WAITING
 
     def on_body(self, body: bytes) -> None:
         """Take in a piece of the body."""
@@ -258,6 +279,7 @@ class Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Go on to the next request, or to what was none."""
         left = len(self.pipeline)
+        self.flow.held = left > MOST_WAITING
         super().on_response_complete()
         if self._last is not None and left <= self._broke_off:
             self._refuse(self._last)

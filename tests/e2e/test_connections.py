@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.conftest import OUR_KEY, running
 from tests.e2e.fake_openai import EVENTS, delta, event
 from tests.e2e.test_observing import quiet
+from tests.e2e.test_provider_faults import memory
 from tests.e2e.two_paths import PATHS, heard
 from tokenguard.server import MAX_FIELDS, MAX_HEAD_BYTES
 
@@ -180,3 +181,13 @@ def test_stream_ends_with_its_caller_though_another_request_waits(served, fake, 
         assert connection.recv(1)
     assert ended.wait(5)
     assert quiet(served)["tokenguard_reservations_open"] == 0
+
+
+def test_answers_that_nobody_takes_are_not_piled_up(served, fake):
+    """Whoever sends requests without end and takes no answer is not read on."""
+    before = memory(served)
+    with connected(served) as connection:
+        connection.settimeout(TIMEOUT_S)
+        with pytest.raises((TimeoutError, ConnectionError)):
+            connection.sendall(request("nobody", body=b"") * 10**6)
+        assert memory(served) - before < 30 * 2**20

@@ -32,6 +32,7 @@ from tokenguard.upstream._pool import may_be_repeated
 CHAT_ROUTE = "/v1/chat/completions"
 cdef bytes BEGINS = b"POST /v1/chat/completions HTTP/1.1\r\n"
 cdef Py_ssize_t MAX_HEAD_BYTES = 16_384
+cdef Py_ssize_t MAX_PENDING_BYTES = 65_536
 cdef double KEEPALIVE_S = 75.0
 cdef bytes NAME_OF_ID = REQUEST_ID
 cdef bytes LAST_CHUNK = b"0\r\n\r\n"
@@ -123,9 +124,8 @@ cdef class Connection:
             self.fallback.data_received(data)
         elif self.missing:
             self.take_body(data)
-        elif self.call is not None:
-            self.pending += data  # the next request, ahead of its time
-            self.pause_reading()
+        elif self.call is not None or self.pending:
+            self.hold(self.pending + data)  # the next request, ahead of its time
         else:
             self.take(data)
 
@@ -163,6 +163,8 @@ cdef class Connection:
         if self.call is not None:
             self.expect(0)
             self.call.resume()
+        elif self.pending:
+            self.read_on()  # answers that nobody took held it up
 
     def shutdown(self):
         if self.call is not None or self.fields is not None:
@@ -188,16 +190,14 @@ cdef class Connection:
         cdef Py_ssize_t used
         self.taking = True
         try:
-            while data and self.call is None and not self.transport.is_closing():
+            while data and self.call is None and not self.write_paused and not self.transport.is_closing():
                 used = self.begin(data)
                 if used == 0:
                     self.hand_over(data)
                     break
                 data = data[used:] if used < PyBytes_GET_SIZE(data) else b""
             else:
-                self.pending = data
-                if data:
-                    self.pause_reading()
+                self.hold(data)
         finally:
             self.taking = False
         return 0
@@ -266,9 +266,7 @@ cdef class Connection:
             self.expect(self.lane.caller_timeout_s)
             return 0
         self.expect(0)
-        self.pending = more
-        if more:
-            self.pause_reading()
+        self.hold(more)
         self.start(b"".join(self.body))
         return 0
 
@@ -295,6 +293,11 @@ cdef class Connection:
         self.expect(KEEPALIVE_S)
         if self.taking:
             return 0  # whoever takes goes on
+        self.read_on()
+        return 0
+
+    cdef int read_on(self) except -1:
+        """Go on to what has come meanwhile, and to what follows."""
         if self.read_paused:
             self.read_paused = False
             self.transport.resume_reading()
@@ -320,6 +323,12 @@ cdef class Connection:
         elif not self.keep_alive:
             fields.append((b"connection", b"close"))
         return write_message(self.lane.first(answer.status), fields, answer.body, False)
+
+    cdef void hold(self, bytes data):
+        """Keep what comes ahead of its time, but not much: who does not read does not see a caller leave, either."""
+        self.pending = data
+        if PyBytes_GET_SIZE(data) > MAX_PENDING_BYTES:
+            self.pause_reading()
 
     cdef void pause_reading(self):
         if not self.read_paused and not self.transport.is_closing():
