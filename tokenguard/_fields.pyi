@@ -1,8 +1,11 @@
-"""Header fields where they stand: for the modules that are compiled; Python sees no more than that there are some."""
+"""Header fields where they stand, for the modules that are compiled; what they see is in ``_fields.pxd``."""
+
+from typing_extensions import disjoint_base
 
 MAX_FIELDS: int
 """How many fields a head may have."""
 
+@disjoint_base
 class Fields:
     """The fields of one head."""
 

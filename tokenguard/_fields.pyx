@@ -8,8 +8,8 @@ at all, so that nothing can hide between two messages.
 
 Source: RFC 9110, section 5; RFC 9112, sections 5 and 6.
 
-SAFETY: boundscheck is off. A line points into ``held``, which lives as long as its fields do; lines are counted, and
-there is room for as many. What is read from a head is compared to the head's end first.
+SAFETY: boundscheck is off. A line points into ``held``, which lives as long as its fields do; lines are counted,
+and there is room for as many. What is read from a head is compared to the head's end first.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -44,7 +44,8 @@ cdef int number(const char *name, Py_ssize_t size, uint32_t hash) noexcept:
     cdef uint32_t place = first_place(hash)
     cdef int n = PLACE[place]
     while n:
-        if PyBytes_GET_SIZE(<object>NAME[n]) == size and not memcmp(PyBytes_AS_STRING(<object>NAME[n]), name, size):
+        found = <object>NAME[n]
+        if PyBytes_GET_SIZE(found) == size and not memcmp(PyBytes_AS_STRING(found), name, size):
             return n
         place = (place + 1) & (PLACES - 1)
         n = PLACE[place]
@@ -97,8 +98,8 @@ cdef int UPGRADE = known(b"upgrade")
 
 # Names that are met again and again are objects once.
 for _name in (
-    b"accept accept-language access-control-expose-headers alt-svc cache-control cf-cache-status cf-ray content-type "
-    b"date etag idempotency-key openai-model openai-processing-ms openai-version origin pragma referer server "
+    b"accept accept-language access-control-expose-headers alt-svc cache-control cf-cache-status cf-ray "
+    b"content-type date etag idempotency-key openai-model openai-processing-ms openai-version origin pragma referer server "
     b"traceparent tracestate user-agent vary x-content-type-options x-envoy-upstream-service-time "
     b"x-openai-proxy-wasm x-stainless-arch x-stainless-async x-stainless-lang x-stainless-os "
     b"x-stainless-package-version x-stainless-read-timeout x-stainless-retry-count x-stainless-runtime "
@@ -113,7 +114,7 @@ cdef class Fields:
     Attributes, of what is read from a head:
         length: What content-length tells; -1 if nothing does.
         chunked, close, keep_alive, host: Whether transfer-encoding, connection and host say so.
-        odd: Whether something is asked for that belongs to no plain request, or stands there as llhttp would have it.
+        odd: Whether something is asked for that belongs to no plain request, or readers do not agree on a value.
     """
 
     def __cinit__(self):

@@ -1,8 +1,12 @@
 """What of a head travels on, and what it says of a call.
 
-A head comes as a list of fields or as ``Fields``, where they stand in the bytes of a connection. What is handed on is
-a list, or a block: lines, each with its CRLF.
+A head comes as a list of fields, or as ``Fields``, which stand in a connection's bytes. What is handed on is a
+list, or a block: lines, each with its CRLF.
 """
+
+from typing import Self
+
+from typing_extensions import disjoint_base
 
 from tokenguard._fields import Fields
 from tokenguard.model import Headers, Identity
@@ -20,6 +24,7 @@ NOT_TO_UPSTREAM: tuple[bytes, ...]
 NOT_TO_CALLER: tuple[bytes, ...]
 """Fields of an answer that do not travel back."""
 
+@disjoint_base
 class Asked:
     """The fields of a request, sorted out.
 
@@ -29,7 +34,7 @@ class Asked:
 
     encoded: bool
 
-    def __init__(self, headers: Headers | Fields) -> None: ...
+    def __new__(cls, headers: Headers | Fields) -> Self: ...
     def identity(self) -> Identity:
         """Return who calls.
 
@@ -43,6 +48,7 @@ class Asked:
     def forwarded_block(self, ours: bytes, request_id: str) -> bytes:
         """Return the same as a block; ``ours`` are lines, put last."""
 
+@disjoint_base
 class Told:
     """The fields of an answer, sorted out.
 
@@ -60,12 +66,15 @@ class Told:
     typed: bool
     measured: bool
 
-    def __init__(self, headers: Headers | Fields) -> None: ...
+    def __new__(cls, headers: Headers | Fields) -> Self: ...
     def returned(self, drop_length: bool, drop_encoding: bool) -> Headers:
         """Return what travels back to the caller; the provider's own limits and id under names of their own."""
 
     def returned_block(self, drop_length: bool, drop_encoding: bool, last: bytes) -> bytes:
-        """Return the same as a block, a field that is given twice once, as Falcon has it; ``last`` are lines, put last."""
+        """Return the same as a block; ``last`` are lines, put last.
+
+        A field that is given more than once is there once, with all its values, as Falcon has it.
+        """
 
 def read_identity(headers: Headers) -> Identity:
     """Return who calls.

@@ -154,7 +154,6 @@ cdef class Asked:
         cdef char *at = key
         cdef Line *line
         cdef int part
-        cdef bint short_enough = True
         if self.twice >= 0:
             shown = SHOWN[self.twice]
             raise InvalidRequest(shown, f"header {shown} is given more than once")
@@ -244,7 +243,7 @@ def forwarded_headers(headers, list credentials, str request_id):
     return Asked(headers).forwarded(credentials, request_id)
 
 
-# --- answers ------------------------------------------------------------------------------------------------------
+# --- answers ----------------------------------------------------------------------------------------------------
 
 
 cdef class Told:

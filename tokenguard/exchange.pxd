@@ -67,7 +67,7 @@ cdef class Exchange:
     cpdef begin(self, headers, body)
     cpdef reserved(self, reserved)
     cdef bint _adds_usage(self) except -1
-    @cython.locals(told=Told, events=bint, decoded=bint, passed=list)
+    @cython.locals(told=Told, events=bint, decoded=bint, passed=list, reservation=Reservation)
     cpdef Head answered(self, int status, headers)
     cpdef bytes feed(self, bytes chunk)
     cpdef End finish(self)

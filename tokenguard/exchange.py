@@ -21,17 +21,9 @@ from typing import Any, NamedTuple
 
 from tokenguard import refusal
 from tokenguard._fields import Fields
-from tokenguard._heads import (
-    IDENTITY_HEADERS,
-    REQUEST_ID,
-    Asked,
-    Told,
-    forwarded_headers,
-    read_identity,
-    returned_headers,
-)
+from tokenguard._heads import Asked, Told
 from tokenguard.account import Account, Outcome
-from tokenguard.errors import InvalidRequest, InvalidValue, TokenGuardError, UpstreamError
+from tokenguard.errors import InvalidValue, TokenGuardError, UpstreamError
 from tokenguard.estimate import Estimate, Estimator
 from tokenguard.limiter import Reservation
 from tokenguard.model import (
@@ -232,10 +224,11 @@ class Exchange:
         decoded = self._decoder is not None
         events = told.events and (decoded or told.encoding is None or told.encoding == b"identity")
         self._reader = EventStream(swallow_usage=self._adds_usage()) if events else JsonAnswer()
+        reservation = self._reservation
         if not self._in_lines:
             passed = told.returned(events or decoded, decoded)
-            return Head(status, passed if self._reservation is None else passed + self._reservation.limit_headers())
-        limits = b"" if self._reservation is None else self._reservation.limit_lines()
+            return Head(status, passed if reservation is None else passed + reservation.limit_headers())
+        limits = b"" if reservation is None else reservation.limit_lines()
         block = told.returned_block(events or decoded, decoded, limits)
         return Head(status, [], block, told.typed, told.measured)
 

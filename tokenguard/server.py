@@ -8,24 +8,35 @@ import logging
 import math
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tokenguard import refusal
 from tokenguard._version import __version__
 from tokenguard.errors import InvalidSetting
 from tokenguard.lane._lane import Connection, Lane
+from tokenguard.model import Answer
 
 KEEPALIVE_S = 75
 """How long a caller's idle connection is kept: longer than clients keep theirs, so that it is they who close."""
 
 GARBAGE = 20_000
 """How many objects come to be before garbage is looked for: a call makes some dozens, and leaves no cycles."""
+
+MOST_WAITING = 16
+"""With as many requests ahead of their time, no more is read from a connection."""
+
+MAX_HEAD_BYTES = 65_536
+MAX_FIELDS = 256
+"""What the head of a request may have; more is refused with 431."""
 
 _log = logging.getLogger("tokenguard")
 
@@ -156,52 +167,153 @@ class Server(uvicorn.Server):
                 left.stop()  # after a second signal nobody has; tasks are cancelled with the loop
 
 
+class Unreadable(Exception):
+    """What comes is not read on.
+
+    Attributes:
+        answer: Says why.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__()
+        self.answer = answer
+
+
+class Flow(FlowControl):
+    """uvicorn's, which does not read on while too many requests wait.
+
+    Attributes:
+        held: Whether they do.
+    """
+
+    held = False
+
+    def resume_reading(self) -> None:
+        """Read on, if that may be."""
+        if not self.held:
+            super().resume_reading()
+
+
 class Protocol(HttpToolsProtocol):
-    """uvicorn's, which answers what is no HTTP in the provider's shape, and gives up who never ends a head."""
+    """uvicorn's, with bounds on a head, and with refusals in the provider's shape and in their turn."""
 
     def __init__(self, *args: Any, caller_timeout_s: float, **kwargs: Any) -> None:  # noqa: ANN401 - as uvicorn passes them
         super().__init__(*args, **kwargs)
         self._caller_timeout_s = caller_timeout_s
         self._head_timer: asyncio.TimerHandle | None = None
         self._reading = False
+        self._heading = False
+        self._head_bytes = 0
+        self._untold_bytes = 0
+        self._running: RequestResponseCycle | None = None
+        self._deaf = False
+        self._broke_off = False
+        self._last: Answer | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Expect a first request."""
         super().connection_made(transport)
+        self.flow: Flow = Flow(transport)
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Expect nothing any more."""
+        """Expect nothing any more, and tell whoever is answering, also if the next request has come already."""
         self._forget_head()
         super().connection_lost(exc)
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, unless what came before was the last that is read."""
+        if self._deaf:
+            return
+        self._untold_bytes += len(data)
+        super().data_received(data)
+        if not self._reading:
+            self._untold_bytes = 0
+        elif self._untold_bytes > MAX_HEAD_BYTES:  # of a field that does not end, nobody tells
+            self._end_with(_too_large())
+        self._expect_something()
 
     def on_message_begin(self) -> None:
         """Expect the rest of the head."""
         super().on_message_begin()
-        self._reading = True
+        self._reading = self._heading = True
+        self._head_bytes = self._untold_bytes = 0
         self._forget_head()
         self._expect_head()
 
+    def on_url(self, url: bytes) -> None:
+        """Take in a piece of the target."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take in a field; one that comes behind the body does not say who calls."""
+        self._count(len(name) + len(value) + len(": \r\n"))
+        if not self._heading:
+            return
+        if len(self.headers) == MAX_FIELDS:
+            raise Unreadable(_too_large())
+        super().on_header(name, value)
+
     def on_headers_complete(self) -> None:
         """The head is whole."""
+        if self.parser.get_http_version() not in ("1.0", "1.1"):  # Falcon takes others for errors of ours
+            raise Unreadable(_invalid("Invalid HTTP request received."))
+        self._untold_bytes = 0
         self._forget_head()
         super().on_headers_complete()
+        self._heading = False
+        self.flow.held = len(self.pipeline) >= MOST_WAITING
+
+    def on_body(self, body: bytes) -> None:
+        """Take in a piece of the body."""
+        self._untold_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The request is whole."""
         self._reading = False
+        self._forget_head()
         super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401 - likewise
+        """Begin to answer a request."""
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        """Go on to the next request, or to what was none."""
+        left = len(self.pipeline)
+        self.flow.held = left > MOST_WAITING
+        super().on_response_complete()
+        if self._last is not None and left <= self._broke_off:
+            self._refuse(self._last)
+        elif self._reading:
+            self._unset_keepalive_if_required()
+            self._expect_something()
 
     @property
     def idle(self) -> bool:
         """Whether it is between two requests."""
+        return not (self._reading or self._deaf or self._answering)
+
+    @property
+    def _answering(self) -> bool:
         cycle: RequestResponseCycle | None = self.cycle  # there is none before the first
-        return not self._reading and not self.pipeline and (cycle is None or cycle.response_complete)
+        return bool(self.pipeline) or not (cycle is None or cycle.response_complete)
 
     def rest(self) -> None:
         """Expect nothing: somebody else reads the next request."""
         self._unset_keepalive_if_required()
         self._forget_head()
+
+    def _expect_something(self) -> None:
+        """Wait for no caller for ever: not behind a blank line, and not for the rest of what has its answer."""
+        if not self._answering and self._head_timer is None and self.timeout_keep_alive_task is None:
+            self._expect_head()
 
     def _expect_head(self) -> None:
         self._head_timer = self.loop.call_later(self._caller_timeout_s, self.transport.close)
@@ -211,10 +323,48 @@ class Protocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise Unreadable(_too_large())
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Answer as if no upgrade were asked for, and close: the parser has skipped a body, of unknown length."""
+        self._deaf = True
+        self.cycle.keep_alive = False
+
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP, and close."""
-        answer = refusal.problem(400, msg, "invalid_request_error", "invalid_http")
-        head = [b"HTTP/1.1 400 Bad Request", b"connection: close", b"content-length: %d" % len(answer.body)]
+        """Answer what is no HTTP, or more of it than is read, and close."""
+        error = sys.exception()
+        why = error and error.__context__  # the parser's error came of ours
+        self._end_with(why.answer if isinstance(why, Unreadable) else _invalid(msg))
+
+    def _end_with(self, answer: Answer) -> None:
+        """Close with an answer, once the requests before it have theirs."""
+        self._deaf, self._last = True, answer
+        self._forget_head()
+        self._broke_off = self._reading and not self._heading
+        if self.pipeline:
+            return
+        if not self._answering or (self._broke_off and not self.cycle.response_started):
+            self._refuse(answer)
+        elif self._broke_off:
+            self.transport.close()
+
+    def _refuse(self, answer: Answer) -> None:
+        if self.transport.is_closing():
+            return
+        head = [b"HTTP/1.1 %d %b" % (answer.status, HTTPStatus(answer.status).phrase.encode())]
+        head += [b"connection: close", b"content-length: %d" % len(answer.body)]
         head += [b": ".join(field) for field in answer.headers]
         self.transport.write(b"\r\n".join(head) + b"\r\n\r\n" + answer.body)
         self.transport.close()
+
+
+def _invalid(message: str) -> Answer:
+    return refusal.problem(400, message, "invalid_request_error", "invalid_http")
+
+
+def _too_large() -> Answer:
+    message = f"the head of a request must be at most {MAX_HEAD_BYTES} bytes and {MAX_FIELDS} fields"
+    return refusal.problem(431, message, "invalid_request_error", "head_too_large")

@@ -123,7 +123,10 @@ def _is_proxied(hop: Hop) -> bool:
     """Return whether the environment leads to the provider through a proxy, by the rules that curl knows too."""
     if not any(name.lower().endswith("_proxy") for name in os.environ):
         return False
-    from urllib.request import getproxies_environment, proxy_bypass_environment  # much is loaded for them
+    from urllib.request import (  # type: ignore[attr-defined]  # typeshed lacks it; much is loaded for them
+        getproxies_environment,
+        proxy_bypass_environment,
+    )
 
     proxies = getproxies_environment()
     return not {hop.url.scheme, "all"}.isdisjoint(proxies) and not proxy_bypass_environment(hop.authority, proxies)

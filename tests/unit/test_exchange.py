@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tests.house import House, grant, named
 from tests.strategies import properties
+from tokenguard._heads import forwarded_headers, read_identity, returned_headers
 from tokenguard.errors import InvalidRequest, UpstreamError, UpstreamTimeout
 from tokenguard.estimate import Estimator
 from tokenguard.exchange import (
@@ -19,9 +20,6 @@ from tokenguard.exchange import (
     Exchange,
     Terms,
     decoder_for,
-    forwarded_headers,
-    read_identity,
-    returned_headers,
 )
 from tokenguard.model import Answer, Head, Identity, Meter, UpstreamRequest
 

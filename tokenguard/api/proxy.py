@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 from falcon.asgi import Request, Response
 
 from tokenguard import refusal
+from tokenguard._heads import REQUEST_ID, forwarded_headers, returned_headers
 from tokenguard.api.call import CALL, CallSoon, Guard, path_of
 from tokenguard.api.wire import GONE, CallerGone, headers_of, read_body, request_id_of, set_headers, write
 from tokenguard.errors import BodyTimeout, UpstreamError
-from tokenguard.exchange import REQUEST_ID, Terms, forwarded_headers, returned_headers
+from tokenguard.exchange import Terms
 from tokenguard.model import Answer, Headers, UpstreamRequest
 from tokenguard.upstream import Upstream, UpstreamResponse
 

@@ -15,10 +15,10 @@ import msgspec
 from falcon import HTTPError, Request, Response, http_status_to_code
 
 from tokenguard import refusal
+from tokenguard._heads import IDENTITY_HEADERS, REQUEST_ID
 from tokenguard.account import Account
 from tokenguard.api.call import answer_to
 from tokenguard.errors import BodyTooLarge, TokenGuardError
-from tokenguard.exchange import IDENTITY_HEADERS, REQUEST_ID
 from tokenguard.metrics import Metrics
 from tokenguard.model import Answer, Headers
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from falcon import Request, Response
 
+from tokenguard._heads import forwarded_headers, returned_headers
 from tokenguard.api.call import CALL, Call, Guard, path_of
 from tokenguard.api.wire import ambiguous, headers_of, read_wsgi_body, set_headers, write
 from tokenguard.errors import UpstreamError
-from tokenguard.exchange import Terms, forwarded_headers, returned_headers
+from tokenguard.exchange import Terms
 from tokenguard.model import Answer, UpstreamRequest
 from tokenguard.upstream import SyncUpstream, SyncUpstreamResponse
 

@@ -31,14 +31,15 @@ from tokenguard.upstream._http cimport find_head_end
 from tokenguard.upstream._pool cimport Pool, PooledUpstream, Receiver, clock_s
 
 from tokenguard import refusal
+from tokenguard._heads import REQUEST_ID
 from tokenguard.api.call import answer_to
 from tokenguard.api.wire import GONE, request_id_of
 from tokenguard.errors import BodyTimeout, TokenGuardError, UpstreamError
-from tokenguard.exchange import REQUEST_ID
 
 CHAT_ROUTE = "/v1/chat/completions"
 cdef bytes BEGINS = b"POST /v1/chat/completions HTTP/1.1\r\n"
 cdef Py_ssize_t MAX_HEAD_BYTES = 16_384
+cdef Py_ssize_t MAX_PENDING_BYTES = 65_536
 cdef double KEEPALIVE_S = 75.0
 cdef int NAME_OF_ID = known(REQUEST_ID)
 cdef int KEY = known(b"idempotency-key")
@@ -139,9 +140,8 @@ cdef class Connection:
             self.fallback.data_received(data)
         elif self.missing:
             self.take_body(data)
-        elif self.call is not None:
-            self.pending += data  # the next request, ahead of its time
-            self.pause_reading()
+        elif self.call is not None or self.pending:
+            self.hold(self.pending + data)  # the next request, ahead of its time
         else:
             self.take(data)
 
@@ -179,6 +179,8 @@ cdef class Connection:
         if self.call is not None:
             self.expect(0)
             self.call.resume()
+        elif self.pending:
+            self.read_on()  # answers that nobody took held it up
 
     def shutdown(self):
         if self.call is not None or self.fields is not None:
@@ -204,16 +206,14 @@ cdef class Connection:
         cdef Py_ssize_t used
         self.taking = True
         try:
-            while data and self.call is None and not self.transport.is_closing():
+            while data and self.call is None and not self.write_paused and not self.transport.is_closing():
                 used = self.begin(data)
                 if used == 0:
                     self.hand_over(data)
                     break
                 data = data[used:] if used < PyBytes_GET_SIZE(data) else b""
             else:
-                self.pending = data
-                if data:
-                    self.pause_reading()
+                self.hold(data)
         finally:
             self.taking = False
         return 0
@@ -281,9 +281,7 @@ cdef class Connection:
             self.expect(self.lane.caller_timeout_s)
             return 0
         self.expect(0)
-        self.pending = more
-        if more:
-            self.pause_reading()
+        self.hold(more)
         self.start(b"".join(self.body))
         return 0
 
@@ -310,6 +308,11 @@ cdef class Connection:
         self.expect(KEEPALIVE_S)
         if self.taking:
             return 0  # whoever takes goes on
+        self.read_on()
+        return 0
+
+    cdef int read_on(self) except -1:
+        """Go on to what has come meanwhile, and to what follows."""
         if self.read_paused:
             self.read_paused = False
             self.transport.resume_reading()
@@ -340,6 +343,12 @@ cdef class Connection:
             parts.append(CLOSE)
         parts += CRLF, answer.body
         return b"".join(parts)
+
+    cdef void hold(self, bytes data):
+        """Keep what comes ahead of its time, but not much: who does not read does not see a caller leave."""
+        self.pending = data
+        if PyBytes_GET_SIZE(data) > MAX_PENDING_BYTES:
+            self.pause_reading()
 
     cdef void pause_reading(self):
         if not self.read_paused and not self.transport.is_closing():
@@ -488,7 +497,7 @@ cdef class LaneCall(Receiver):
             self.answer(answer)
         else:
             self.caller.keep_alive = False
-            self.write(b"", True)
+            self.write(self.begun(b""), True)
         return 0
 
     cdef int pass_on(self, bytes piece, bint done) except -1:
@@ -508,11 +517,15 @@ cdef class LaneCall(Receiver):
                 out = b"%x\r\n%b\r\n%b" % (len(passed), passed, LAST_CHUNK if done else b"")
             elif done:
                 out = LAST_CHUNK
+        self.write(self.begun(out), done)
+        return 0
+
+    cdef bytes begun(self, bytes out):
+        """Return what is to be passed on, behind the head of the answer if that has not been passed on yet."""
         if self.head is not None:
             out = b"".join((self.lane.first(self.head.status), self.head.block, self.last_lines(), out))
             self.head = None
-        self.write(out, done)
-        return 0
+        return out
 
     cdef bytes last_lines(self):
         """Return what the heads of all the provider's answers end with, in the order in which Falcon has it."""

@@ -46,6 +46,8 @@ cdef class EventStream(Reader):
     cdef bint completes(self, bytes chunk) except -1
     cdef bytes overflow(self)
     cdef bytes pass_on(self, bytes data, const unsigned char *start, const unsigned char *end)
-    cdef bint read(self, const unsigned char *start, const unsigned char *line, const unsigned char *behind) except -1
+    cdef bint read(
+        self, const unsigned char *start, const unsigned char *line, const unsigned char *behind
+    ) except -1
     cdef bint read_carefully(self, bytes data) except -1
     cdef int take(self, int64_t deltas, int64_t delta_bytes, bint finished, object usage) except -1

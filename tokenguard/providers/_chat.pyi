@@ -7,6 +7,8 @@ Source: https://platform.openai.com/docs/api-reference/chat
 
 from typing import Final, final
 
+from typing_extensions import disjoint_base
+
 from tokenguard.jsontext import JsonObject
 from tokenguard.model import Usage
 
@@ -83,6 +85,7 @@ def scan_chat(raw: bytes) -> ChatRequest | None:
     - over 64 levels, 64 members in one object, or 300 digits in one number.
     """
 
+@disjoint_base
 class Reader:
     """Reads an answer's usage as it passes: what the two below have in common."""
 

@@ -31,7 +31,7 @@ cdef Py_ssize_t HEAD_BYTES = MAX_HEAD_BYTES
 cdef int CHUNK_LINE_BYTES = MAX_CHUNK_LINE_BYTES
 cdef int TRAILER_BYTES = MAX_TRAILER_BYTES
 
-# --- heads --------------------------------------------------------------------------------------------------------
+# --- heads ------------------------------------------------------------------------------------------------------
 
 
 cdef Py_ssize_t find_head_end(const char *data, Py_ssize_t size) noexcept:

@@ -124,6 +124,3 @@ class PooledUpstream:
 
     async def close(self) -> None:
         """Close all connections, for good."""
-
-def may_be_repeated(request: UpstreamRequest) -> bool:
-    """Return whether a request may be sent twice: GET, HEAD, or one with an ``idempotency-key``."""
