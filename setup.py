@@ -19,6 +19,7 @@ COMPILED = {
     "tokenguard/metrics.py": [],
     "tokenguard/model.py": [],
     "tokenguard/plan.py": [],
+    "tokenguard/refusal.py": [],
     "tokenguard/providers/_chat.pyx": ["tokenguard/providers/_scan.pxi", "tokenguard/providers/_wire.pxi"],
 }
 """What is compiled, and what else each is made of. A ``.pxd`` beside a ``.py`` says what is C in it."""

@@ -99,8 +99,8 @@ cdef int UPGRADE = known(b"upgrade")
 # Names that are met again and again are objects once.
 for _name in (
     b"accept accept-language access-control-expose-headers alt-svc cache-control cf-cache-status cf-ray "
-    b"content-type date etag idempotency-key openai-model openai-processing-ms openai-version origin pragma referer server "
-    b"traceparent tracestate user-agent vary x-content-type-options x-envoy-upstream-service-time "
+    b"content-type date etag idempotency-key openai-model openai-processing-ms openai-version origin "
+    b"pragma referer server traceparent tracestate user-agent vary x-content-type-options x-envoy-upstream-service-time "
     b"x-openai-proxy-wasm x-stainless-arch x-stainless-async x-stainless-lang x-stainless-os "
     b"x-stainless-package-version x-stainless-read-timeout x-stainless-retry-count x-stainless-runtime "
     b"x-stainless-runtime-version".split()
@@ -114,7 +114,7 @@ cdef class Fields:
     Attributes, of what is read from a head:
         length: What content-length tells; -1 if nothing does.
         chunked, close, keep_alive, host: Whether transfer-encoding, connection and host say so.
-        odd: Whether something is asked for that belongs to no plain request, or readers do not agree on a value.
+        odd: Whether something is asked for that belongs to no plain request, or readers may differ on a value.
     """
 
     def __cinit__(self):

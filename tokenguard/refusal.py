@@ -67,36 +67,30 @@ def refuse(decision: Decision, jitter: float) -> Answer:
 
 def error_answer(error: TokenGuardError) -> Answer:
     """Return the answer to a request that failed of itself, of us or of the provider."""
-    match error:
-        case BodyTooLarge():
-            return problem(413, str(error), "invalid_request_error", "body_too_large")
-        case BodyTimeout():
-            answer = problem(408, str(error), "invalid_request_error", "request_timeout")
-            answer.headers.append((b"connection", b"close"))  # what may still come is no next request
-            return answer
-        case InvalidValue():
-            return problem(400, str(error), "invalid_request_error", "invalid_value", error.field)
-        case BudgetNotFound():
-            return problem(404, str(error), "invalid_request_error", "budget_not_found")
-        case UpstreamBusy():
-            return problem(503, str(error), "service_unavailable_error", "overloaded", retry_after_s=1)
-        case UpstreamTimeout():
-            return problem(504, str(error), "upstream_error", "upstream_timeout")
-        case UpstreamError():
-            return problem(502, str(error), "upstream_error", "upstream_unreachable")
-        case BackendDown():  # its whole text names our own hosts
-            return problem(503, error.told, "service_unavailable_error", "backend_unavailable", retry_after_s=1)
-        case StateUnwritable():
-            message = f"{error}. Nothing was changed."
-            return problem(503, message, "service_unavailable_error", "state_unwritable", retry_after_s=1)
-        case TableFull() | TableBusy() | StaleHandle():
-            return problem(
-                503,
-                f"{error}. Nothing was charged.",
-                "service_unavailable_error",
-                "no_bucket",
-                retry_after_s=1,
-            )
+    if isinstance(error, BodyTooLarge):
+        return problem(413, str(error), "invalid_request_error", "body_too_large")
+    if isinstance(error, BodyTimeout):
+        answer = problem(408, str(error), "invalid_request_error", "request_timeout")
+        answer.headers.append((b"connection", b"close"))  # what may still come is no next request
+        return answer
+    if isinstance(error, InvalidValue):
+        return problem(400, str(error), "invalid_request_error", "invalid_value", error.field)
+    if isinstance(error, BudgetNotFound):
+        return problem(404, str(error), "invalid_request_error", "budget_not_found")
+    if isinstance(error, UpstreamBusy):
+        return problem(503, str(error), "service_unavailable_error", "overloaded", retry_after_s=1)
+    if isinstance(error, UpstreamTimeout):
+        return problem(504, str(error), "upstream_error", "upstream_timeout")
+    if isinstance(error, UpstreamError):
+        return problem(502, str(error), "upstream_error", "upstream_unreachable")
+    if isinstance(error, BackendDown):  # its whole text names our own hosts
+        return problem(503, error.told, "service_unavailable_error", "backend_unavailable", retry_after_s=1)
+    if isinstance(error, StateUnwritable):
+        message = f"{error}. Nothing was changed."
+        return problem(503, message, "service_unavailable_error", "state_unwritable", retry_after_s=1)
+    if isinstance(error, TableFull | TableBusy | StaleHandle):
+        message = f"{error}. Nothing was charged."
+        return problem(503, message, "service_unavailable_error", "no_bucket", retry_after_s=1)
     return failed()
 
 
@@ -156,20 +150,20 @@ def _tightest(decision: Decision, binding: BucketState) -> list[BucketState]:
 
 
 def _bucket(state: BucketState) -> dict[str, object]:
-    name = state.name
+    ((kind, scope_id), meter, model), limit, level, cost, wait_us, _ = state
     return {
-        "scope": name.scope.kind,
-        "id": name.scope.id,
-        "meter": name.meter,
-        "model": name.model,
-        "limit": state.limit,
-        "remaining": state.remaining,
-        "level": state.level,
-        "requested": state.cost,
-        "allowed": state.wait_us == 0,
-        "retryAfterMs": _ms(state.wait_us),
+        "scope": kind,
+        "id": scope_id,
+        "meter": meter,
+        "model": model,
+        "limit": limit,
+        "remaining": max(0, level),
+        "level": level,
+        "requested": cost,
+        "allowed": wait_us == 0,
+        "retryAfterMs": _ms(wait_us),
     }
 
 
 def _ms(wait_us: int) -> int | None:
-    return None if wait_us >= NEVER_US else math.ceil(wait_us / 1000)
+    return None if wait_us >= NEVER_US else -(-wait_us // 1000)

@@ -22,11 +22,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from tokenguard import refusal
 from tokenguard._version import __version__
 from tokenguard.errors import InvalidSetting
-from tokenguard.lane._lane import Connection, Lane
+from tokenguard.lane._lane import KEEPALIVE_S, Connection, Lane
 from tokenguard.model import Answer
-
-KEEPALIVE_S = 75
-"""How long a caller's idle connection is kept: longer than clients keep theirs, so that it is they who close."""
 
 GARBAGE = 20_000
 """How many objects come to be before garbage is looked for: a call makes some dozens, and leaves no cycles."""

@@ -11,6 +11,8 @@ from tokenguard.upstream._pool import PooledUpstream
 
 CHAT_ROUTE: str
 """The one path that the lane answers."""
+KEEPALIVE_S: int
+"""How long a caller's idle connection is kept: longer than clients keep theirs, so that it is they who close."""
 
 @disjoint_base
 class Lane:

@@ -37,10 +37,11 @@ from tokenguard.api.wire import GONE, request_id_of
 from tokenguard.errors import BodyTimeout, TokenGuardError, UpstreamError
 
 CHAT_ROUTE = "/v1/chat/completions"
+KEEPALIVE_S = 75
 cdef bytes BEGINS = b"POST /v1/chat/completions HTTP/1.1\r\n"
 cdef Py_ssize_t MAX_HEAD_BYTES = 16_384
 cdef Py_ssize_t MAX_PENDING_BYTES = 65_536
-cdef double KEEPALIVE_S = 75.0
+cdef double KEPT_S = KEEPALIVE_S
 cdef int NAME_OF_ID = known(REQUEST_ID)
 cdef int KEY = known(b"idempotency-key")
 cdef const char *HEX = "0123456789abcdef"
@@ -305,7 +306,7 @@ cdef class Connection:
         if not self.keep_alive:
             self.transport.close()
             return 0
-        self.expect(KEEPALIVE_S)
+        self.expect(KEPT_S)
         if self.taking:
             return 0  # whoever takes goes on
         self.read_on()
@@ -435,13 +436,14 @@ cdef class LaneCall(Receiver):
 
     cdef int reserved(self, reserved, error) except -1:
         """The buckets have answered, after a while."""
+        if self.over:
+            if isinstance(reserved, Reservation):
+                self.lane.limiter.settle_soon(reserved, 0)  # nobody knows of it any more
+            return 0
         try:
             if error is not None:
                 raise error
-            if not self.over:
-                self.forward(reserved)
-            elif isinstance(reserved, Reservation):
-                self.lane.limiter.settle_soon(reserved, 0)  # nobody knows of it any more
+            self.forward(reserved)
         except Exception as error:
             self.broke(error)
         return 0
@@ -560,6 +562,7 @@ cdef class LaneCall(Receiver):
             self.end()
         elif self.caller.write_paused:
             self.pause()
+            self.caller.expect(self.lane.caller_timeout_s)
         return 0
 
     def on_settled(self, _):
