@@ -39,7 +39,10 @@ serve: runtime ## set up, and serve with the real provider and the settings in .
 
 test: runtime $(DONE)/test ## set up with a real redis-server, and run all tests
 	@tests/get-redis $(VENV)
-	$(BIN)/python -m pytest
+	@echo "$(BIN)/python -m pytest (those that wait for servers beside the others)"
+	@$(BIN)/python -m pytest tests/e2e >$(DONE)/e2e.log 2>&1 & servers=$$!; \
+	    $(BIN)/python -m pytest tests/unit tests/integration; others=$$?; \
+	    wait $$servers; servers=$$?; cat $(DONE)/e2e.log; exit $$((servers | others))
 
 check: runtime $(DONE)/check ## lint, types, and whether the stubs match what is compiled
 	$(BIN)/ruff check

@@ -25,17 +25,18 @@ COMPILED = {
 """What is compiled, and what else each is made of. A ``.pxd`` beside a ``.py`` says what is C in it."""
 
 setup(
+    options={"build_ext": {"parallel": True}},
     ext_modules=cythonize(
         [
             Extension(
                 source.rpartition(".")[0].replace("/", "."),
                 [source],
                 depends=parts,
-                extra_compile_args=["-O3", "-ffp-contract=off"],  # floats are Python's, to the bit
+                extra_compile_args=["-O2", "-g0", "-ffp-contract=off"],  # floats are Python's, to the bit
             )
             for source, parts in COMPILED.items()
         ],
         language_level=3,
         compiler_directives={"annotation_typing": False},  # annotations are for people; types in C are a .pxd's
-    )
+    ),
 )

@@ -49,6 +49,7 @@ def test_empty_environment_gives_the_defaults():
         max_body_bytes=20 * 2**20,
         connect_timeout_s=5.0,
         read_timeout_s=600.0,
+        total_timeout_s=3600.0,
         max_connections=256,
         queue_timeout_s=5.0,
         caller_timeout_s=60.0,
@@ -56,6 +57,7 @@ def test_empty_environment_gives_the_defaults():
         ask_for_usage=True,
         log_calls=False,
         log_json=False,
+        fast_lane=True,
         openai_api_key=None,
         openai_organization=None,
         openai_project=None,
@@ -94,6 +96,7 @@ def test_every_setting_is_read():
             "TOKENGUARD_MAX_BODY_BYTES": "1",
             "TOKENGUARD_CONNECT_TIMEOUT_S": "0.5",
             "TOKENGUARD_READ_TIMEOUT_S": "86400",
+            "TOKENGUARD_TOTAL_TIMEOUT_S": "7200",
             "TOKENGUARD_MAX_CONNECTIONS": "65535",
             "TOKENGUARD_QUEUE_TIMEOUT_S": "0.25",
             "TOKENGUARD_CALLER_TIMEOUT_S": "7",
@@ -101,6 +104,7 @@ def test_every_setting_is_read():
             "TOKENGUARD_ASK_FOR_USAGE": "off",
             "TOKENGUARD_LOG_CALLS": "on",
             "TOKENGUARD_LOG_FORMAT": "json",
+            "TOKENGUARD_FASTLANE": "off",
         }
     )
 
@@ -129,6 +133,7 @@ def test_every_setting_is_read():
         max_body_bytes=1,
         connect_timeout_s=0.5,
         read_timeout_s=86_400.0,
+        total_timeout_s=7200.0,
         max_connections=65_535,
         queue_timeout_s=0.25,
         caller_timeout_s=7.0,
@@ -136,6 +141,7 @@ def test_every_setting_is_read():
         ask_for_usage=False,
         log_calls=True,
         log_json=True,
+        fast_lane=False,
     )
 
 
