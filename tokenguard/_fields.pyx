@@ -101,9 +101,9 @@ for _name in (
     b"accept accept-language access-control-expose-headers alt-svc cache-control cf-cache-status cf-ray "
     b"content-type date etag idempotency-key openai-model openai-processing-ms openai-version origin "
     b"pragma referer server traceparent tracestate user-agent vary x-content-type-options "
-    b"x-envoy-upstream-service-time x-openai-proxy-wasm x-stainless-arch x-stainless-async x-stainless-lang x-stainless-os "
-    b"x-stainless-package-version x-stainless-read-timeout x-stainless-retry-count x-stainless-runtime "
-    b"x-stainless-runtime-version".split()
+    b"x-envoy-upstream-service-time x-openai-proxy-wasm x-stainless-arch x-stainless-async "
+    b"x-stainless-lang x-stainless-os x-stainless-package-version x-stainless-read-timeout "
+    b"x-stainless-retry-count x-stainless-runtime x-stainless-runtime-version".split()
 ):
     known(_name)
 
