@@ -17,7 +17,7 @@ class Lead(NamedTuple):
     least: float
 
 
-LEFT = 0.7
+LEFT = 0.6
 """What part of a ratio that was measured must be left where rows are whole servers: neighbours take some of it."""
 
 LEADS = (
