@@ -221,3 +221,17 @@ async def ask(upstream, asked=None):
     """Return the status and the body of an answer."""
     response = await upstream.open(asked or request())
     return response.status, await body_of(response)
+
+
+def full_queue():
+    """Return sockets of which the first lets nobody in any more."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(0)
+    waiting = []
+    for _ in range(4):
+        connection = socket.socket()
+        connection.setblocking(False)
+        connection.connect_ex(listening.getsockname())
+        waiting.append(connection)
+    return [listening, *waiting]

@@ -261,6 +261,11 @@ cdef Fields fields_of(headers):
     return fields
 
 
+cdef bytes lines_of(list headers):
+    """Return a list of fields as lines."""
+    return b"".join([b"%b: %b\r\n" % field for field in headers])
+
+
 cdef bint is_visible(const char *at, const char *end) noexcept:
     """Return whether text holds no control character but the tab."""
     # PERF: eight at a time; a byte below 32 borrows from its highest bit, and 127 is looked for as a zero

@@ -11,7 +11,7 @@ from libc.stdint cimport uint8_t
 from libc.string cimport memcpy, memset
 
 from tokenguard._fields cimport (
-    NAMES, Fields, Line, begins, fields_of, is_text, known, name_of, number_of, put_line,
+    NAMES, Fields, Line, begins, fields_of, is_text, known, lines_of, name_of, number_of, put_line,
 )
 
 from tokenguard.errors import InvalidRequest
@@ -82,7 +82,6 @@ TOLD[known(b"content-type")] = TYPE
 TOLD[known(REQUEST_ID)] = RENAMED
 
 cdef dict identities = {}
-cdef object new_tuple = tuple.__new__
 cdef bytes ID = b"x-request-id: "
 
 
@@ -144,8 +143,11 @@ cdef class Asked:
         cdef list values = []
         cdef int part
         for part in range(4):
-            line = &self.fields.lines[self.given[part]]
-            values.append(None if self.given[part] < 0 else line.value[:line.value_size])
+            if self.given[part] < 0:
+                values.append(None)
+            else:
+                line = &self.fields.lines[self.given[part]]
+                values.append(line.value[:line.value_size])
         return values
 
     cpdef identity(self):
@@ -370,10 +372,6 @@ cdef list joined(list fields):
     for name, value in fields:
         once[name] = once[name] + b", " + value if name in once else value
     return list(once.items())
-
-
-cdef bytes lines_of(list fields):
-    return b"".join([b"%b: %b\r\n" % field for field in fields])
 
 
 def returned_headers(headers, bint drop_length, bint drop_encoding):

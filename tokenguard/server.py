@@ -20,6 +20,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tokenguard import refusal
+from tokenguard._fields import MAX_FIELDS
 from tokenguard._version import __version__
 from tokenguard.errors import InvalidSetting
 from tokenguard.lane._lane import KEEPALIVE_S, Connection, Lane
@@ -32,8 +33,7 @@ MOST_WAITING = 16
 """With as many requests ahead of their time, no more is read from a connection."""
 
 MAX_HEAD_BYTES = 65_536
-MAX_FIELDS = 256
-"""What the head of a request may have; more is refused with 431."""
+"""What the head of a request may have; more, or more than MAX_FIELDS, is refused with 431."""
 
 _log = logging.getLogger("tokenguard")
 

@@ -15,6 +15,7 @@ import trustme
 from tests.e2e.conftest import DRIVERS, OUR_KEY
 from tests.e2e.rogue import EVENTS, LAST, Rogue, answer, chunk, head, saying
 from tests.oracle import OracleTable, Terms
+from tests.provider import full_queue
 
 MESSAGES = [{"role": "user", "content": "Say hello"}]
 PROMPT = 3 + 3 + 3
@@ -294,20 +295,6 @@ def memory(server):
 
 
 # --- no connection ------------------------------------------------------------------------------------------
-
-
-def full_queue():
-    """Return sockets of which the first lets nobody in any more."""
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    listening.listen(0)
-    waiting = []
-    for _ in range(4):
-        connection = socket.socket()
-        connection.setblocking(False)
-        connection.connect_ex(listening.getsockname())
-        waiting.append(connection)
-    return [listening, *waiting]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from tests.provider import (
     body_of,
     calling,
     facing,
+    full_queue,
     request,
     saying,
     seen,
@@ -364,24 +365,10 @@ async def test_status_that_is_none_is_an_error(status):
 # --- time -------------------------------------------------------------------------------------------------------
 
 
-def full_socket():
-    """Return sockets of which the first lets nobody in any more."""
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    listening.listen(0)
-    waiting = []
-    for _ in range(4):
-        connection = socket.socket()
-        connection.setblocking(False)
-        connection.connect_ex(listening.getsockname())
-        waiting.append(connection)
-    return [listening, *waiting]
-
-
 @pytest.fixture
 def full():
     """The port of an address where no connection comes about."""
-    sockets = full_socket()
+    sockets = full_queue()
     yield sockets[0].getsockname()[1]
     for one in sockets:
         one.close()

@@ -20,7 +20,7 @@ from cpython.unicode cimport PyUnicode_DecodeASCII
 from libc.stdint cimport uint64_t
 from libc.string cimport memcmp
 
-from tokenguard._fields cimport Fields, known
+from tokenguard._fields cimport Fields, known, lines_of
 from tokenguard.account cimport Account
 from tokenguard.api.call cimport CallSoon, Guard
 from tokenguard.exchange cimport Exchange
@@ -87,7 +87,7 @@ cdef class Lane:
         line = self.firsts.get(status)
         if line is None:
             line = b"HTTP/1.1 %d %b\r\n" % (status, phrase_of(status))
-            line = self.firsts[status] = line + b"".join([b"%b: %b\r\n" % field for field in fields])
+            line = self.firsts[status] = line + lines_of(fields)
         return line
 
 

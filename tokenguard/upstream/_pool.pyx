@@ -19,12 +19,12 @@ from cpython.bytes cimport PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, ECONNABORTED, errno
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
-from tokenguard._fields cimport Fields
+from tokenguard._fields cimport Fields, lines_of
 from tokenguard.model cimport UpstreamRequest
 from tokenguard.upstream._http cimport AnswerReader
 
 from tokenguard.errors import UpstreamError, UpstreamTimeout
-from tokenguard.upstream import KEEPALIVE_S, unusable
+from tokenguard.upstream import KEEPALIVE_S, unusable, usable
 
 cdef extern from "sys/socket.h" nogil:
     enum:
@@ -127,13 +127,13 @@ cdef class Connection:
         try:
             piece = self.reader.feed(data)
         except UpstreamError as error:
-            if self.reader.headed and not told and 200 <= self.reader.status <= 599:
+            if self.reader.headed and not told and usable(self.reader.status):
                 receiver.answered(self.reader.status, self.reader.fields, b"", False)
             self.fail(error)
             return
         if not self.reader.headed:
             return
-        if not told and not 200 <= self.reader.status <= 599:
+        if not told and not usable(self.reader.status):
             self.fail(unusable(self.reader.status))
             return
         if self.reader.done:
@@ -542,10 +542,6 @@ cdef class PooledUpstream:
 
     async def close(self):
         await self.pool.close()
-
-
-cdef bytes lines_of(list headers):
-    return b"".join([b"%b: %b\r\n" % field for field in headers])
 
 
 cdef bint may_be_repeated(UpstreamRequest request) except -1:
