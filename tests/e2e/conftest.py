@@ -245,24 +245,36 @@ def redis_server():
         yield server
 
 
-@pytest.fixture(scope="session", params=[*DRIVERS, "uvicorn with redis", "uvicorn with workers"])
-def server(request, upstream_url, tmp_path_factory):
-    """One server of each kind for tests that need no settings of their own; the defaults are far away.
+KINDS = [*DRIVERS, "uvicorn with redis", "uvicorn with workers"]
+"""Servers of each kind, for tests of what all of them have to do alike.
 
-    NOTE: with Redis and with workers the fast lane answers, as it does by default. Falcon's path, which stands
-    behind the lane for whatever is odd, differs from it in how bytes are read and not in where buckets live, so
-    that memory is enough for it; ``test_two_paths.py`` compares the two byte for byte.
-    """
-    driver, _, more = request.param.partition(" with ")
-    start, shared = DRIVERS[driver], {}
-    if more == "workers":
-        start = partial(running_workers, workers=2)
-    elif more == "redis":  # a busy machine may hold up a batch for long, and that is no outage
-        shared = {"REDIS_URL": request.getfixturevalue("redis_server").url, "TOKENGUARD_REDIS_TIMEOUT_S": 10}
-    with start(
-        tmp_path_factory.mktemp("server"),
-        **shared,
-        OPENAI_API_KEY=OUR_KEY,
+NOTE: with Redis and with workers the fast lane answers, as it does by default. Falcon's path, which stands
+behind the lane for whatever is odd, differs from it in how bytes are read and not in where buckets live, so
+that memory is enough for it; ``test_two_paths.py`` compares the two byte for byte.
+"""
+
+
+@pytest.fixture(scope="session")
+def start_kind(request, tmp_path_factory):
+    """Return what starts a server of a kind, with some settings."""
+
+    def start_one(kind, **settings):
+        driver, _, more = kind.partition(" with ")
+        start, shared = DRIVERS[driver], {}
+        if more == "workers":
+            start = partial(running_workers, workers=2)
+        elif more == "redis":  # a busy machine may hold up a batch for long, and that is no outage
+            shared = {"REDIS_URL": request.getfixturevalue("redis_server").url, "TOKENGUARD_REDIS_TIMEOUT_S": 10}
+        return start(tmp_path_factory.mktemp("server"), **shared, OPENAI_API_KEY=OUR_KEY, **settings)
+
+    return start_one
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def server(request, start_kind, upstream_url):
+    """One server of each kind for tests that need no settings of their own; the defaults are far away."""
+    with start_kind(
+        request.param,
         OPENAI_BASE_URL=upstream_url,
         CAP_GLOBAL=10**9,
         CAP_TEAM="unlimited",
