@@ -201,6 +201,7 @@ class LimitedOpenAI(FakeOpenAI):
         masks: Whether an error shows a key in part only.
         clock: Says the time, in seconds.
         calls: The completions that came.
+        admin_at_s: When the admin API was asked.
     """
 
     rpm: int | None = None
@@ -219,6 +220,7 @@ class LimitedOpenAI(FakeOpenAI):
     seed: int = 1
     clock: Callable[[], float] = time.monotonic
     calls: list[Call] = field(default_factory=list)
+    admin_at_s: list[float] = field(default_factory=list)
 
     def __post_init__(self):
         self._random = random.Random(self.seed)
@@ -305,6 +307,7 @@ class LimitedOpenAI(FakeOpenAI):
     # --- the admin API -------------------------------------------------------------------------------------------
 
     async def _administer(self, reply):
+        self.admin_at_s.append(self.clock())
         received, query = reply.received, parse_qs(reply.received.query)
         given = next(iter(received.header("authorization")), "").removeprefix("Bearer ")
         after = query.get("after", [""])[0]
