@@ -6,7 +6,7 @@ Usage: python -m benchmarks.provider_limits [load] [OPTIONS]    three times the 
 **The share that is used**: of the binding meter, over the time from the fifth second to the end, what the
 provider's own bucket was charged by calls that it let through, divided by what it had to give to us:
 
-    level at the fifth second + limit / 60 s * time - what others took meanwhile
+    level at the fifth second + what has flowed in since - what others took meanwhile
 
 What is still in the bucket at the end counts as not used; so does what it takes for requests that it refuses.
 """
@@ -29,7 +29,7 @@ from benchmarks import gate
 from benchmarks.limited_provider import Callers, provider, why
 from tests.e2e.conftest import OUR_KEY, running_workers
 from tests.e2e.limited_openai import LimitedOpenAI
-from tests.provider_limit import CHARGING, Asked, Limit, Limits
+from tests.provider_limit import CHARGING, Asked, Limit, Limits, Window
 
 MODEL = "gpt-4o"
 OVERLOAD = 3
@@ -48,14 +48,15 @@ class Books(NamedTuple):
 
     now_s: float
     level: float
+    given: float
     charged: int
     others: float
     calls: list
 
 
-def limited(requests, tokens, charging, seed, **more):
-    """Make the provider; the limits are those of ``Limit``."""
-    limits = {MODEL: Limits(Limit(*requests), Limit(*tokens))}
+def limited(kind, requests, tokens, charging, seed, **more):
+    """Make the provider; its limits are of a kind, such as ``Limit``."""
+    limits = {MODEL: Limits(kind(*requests), kind(*tokens))}
     return LimitedOpenAI(
         limits=limits, charging=CHARGING[charging], azure=charging == "azure", mean_output=120, seed=seed, **more
     )
@@ -65,7 +66,8 @@ def books(meter, fake):
     """Return the provider's books."""
     limit, now_s = getattr(fake.limits[MODEL], meter), fake.clock()
     level = float(limit.level(now_s))
-    return Books(now_s, level, limit.charged, float(limit.taken_by_others), list(fake.calls))
+    given = float(limit.given(now_s))
+    return Books(now_s, level, given, limit.charged, float(limit.taken_by_others), list(fake.calls))
 
 
 def lower(meter, share, fake):
@@ -127,13 +129,14 @@ def set_by_hand(server, rpm, tpm):
         server.set_budget("global", "*", limit, limit / 60, meter=meter, model=MODEL)
 
 
-def report(answers, settled, ended, per_s):
+def report(answers, settled, ended):
     """Print what came of it; return whether both targets are met."""
     first = len(settled.calls)
     late = ended.calls[first:]
     refused = sum(call.status == 429 for call in ended.calls)
     refused_late = sum(call.status == 429 for call in late)
-    had = settled.level + per_s * (ended.now_s - settled.now_s) - (ended.others - settled.others)
+    others = ended.others - settled.others
+    had = settled.level + (ended.given - settled.given) - others
     used = ended.charged - settled.charged
     print(f"{'calls offered':36}{len(answers)}")
     print(f"{'forwarded to the provider':36}{len(ended.calls)}")
@@ -142,7 +145,6 @@ def report(answers, settled, ended, per_s):
         target(f"… after {SETTLED_S} s", refused_late, len(late), "<", MOST_REFUSED),
         target(f"used of what it granted after {SETTLED_S} s", used, had, ">=", LEAST_USED),
     ]
-    others = ended.others - settled.others
     print(f"{'level then, and at the end':36}{settled.level:.0f}, {ended.level:.0f}; others took {others:.0f}")
     statuses = Counter(answer.status if answer else "broken off" for answer in answers)
     print(f"{'answers':36}{', '.join(f'{number} x {status}' for status, number in statuses.items())}")
@@ -179,11 +181,14 @@ def main(context):
 @click.option(
     "--service", "service_s", default=0.3, show_default=True, help="How long an answer takes, in seconds."
 )
+@click.option(
+    "--windows", is_flag=True, help="The provider counts minute by minute, and has no bucket that refills."
+)
 @click.option("--steady", is_flag=True, help="Arrivals at equal distances instead of at random.")
 @click.option("--by-hand", is_flag=True, help="Set the limits as budgets, instead of having them learned.")
 @click.option("--workers", default=1, show_default=True)
 @click.option("--seed", default=1, show_default=True)
-def load(seconds, rpm, tpm, binding, charging, others, level, service_s, steady, by_hand, workers, seed):
+def load(seconds, rpm, tpm, binding, charging, others, level, service_s, windows, steady, by_hand, workers, seed):
     """Offer three times what the provider grants, from callers who do not retry."""
     mean = mean_charge(charging, seed)
     if binding == "tokens":
@@ -204,7 +209,9 @@ def load(seconds, rpm, tpm, binding, charging, others, level, service_s, steady,
     )
     with (
         tempfile.TemporaryDirectory() as folder,
-        provider(partial(limited, *limits, charging, seed, service_s=service_s)) as upstream,
+        provider(
+            partial(limited, Window if windows else Limit, *limits, charging, seed, service_s=service_s)
+        ) as upstream,
         running_workers(
             Path(folder), workers, OPENAI_API_KEY=OUR_KEY, OPENAI_BASE_URL=upstream.url, **UNLIMITED
         ) as server,
@@ -214,7 +221,7 @@ def load(seconds, rpm, tpm, binding, charging, others, level, service_s, steady,
             set_by_hand(server, rpm, tpm)
         before = time.process_time()
         port = httpx.URL(server.url).port
-        met = report(*asyncio.run(watched(port, upstream, binding, rate, seconds, seed, steady)), per_s)
+        met = report(*asyncio.run(watched(port, upstream, binding, rate, seconds, seed, steady)))
         print(f"{'callers, of a core':36}{(time.process_time() - before) / seconds:.0%}")
         print(server.log, end="")
     sys.exit(not met)

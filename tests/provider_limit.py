@@ -50,7 +50,6 @@ class Limit:
 
     Attributes:
         charged: What calls were charged so far.
-        taken_by_others: What others have taken so far, as tokens.
     """
 
     def __init__(self, limit, window_s=60, others_per_s=0):
@@ -58,22 +57,40 @@ class Limit:
         self.charged = 0
         self._unit = window_s * _NS
         self._level = limit * self._unit
-        self._others = 0
+        self._given = self._others = 0
         self._then_ns = None
 
     def level(self, now_s):
         """Return what is in it, exactly; below zero it is owed."""
         now_ns = round(now_s * _NS)
-        passed_ns = 0 if self._then_ns is None else max(0, now_ns - self._then_ns)
-        self._then_ns = now_ns if self._then_ns is None else max(now_ns, self._then_ns)
-        level = self._level + self.limit * passed_ns
-        taken = max(0, min(level, self.others_per_s * self.window_s * passed_ns))
-        self._others += taken
-        self._level = min(self.limit * self._unit, level - taken)
+        if self._then_ns is None:
+            self._then_ns = now_ns
+        elif now_ns > self._then_ns:
+            self._pass(now_ns)
+            self._then_ns = now_ns
         return Fraction(self._level, self._unit)
+
+    def _pass(self, now_ns):
+        """Let time pass."""
+        self._give(self.limit * (now_ns - self._then_ns), now_ns - self._then_ns)
+        self._level = min(self.limit * self._unit, self._level)
+
+    def _give(self, units, ns):
+        """Let some flow in, of which others take what they need in that time."""
+        self._given += units
+        self._level += units
+        taken = max(0, min(self._level, self.others_per_s * self.window_s * ns))
+        self._others += taken
+        self._level -= taken
+
+    def given(self, now_s):
+        """Return what has flowed in so far, whether there was room for it or not."""
+        self.level(now_s)
+        return Fraction(self._given, self._unit)
 
     @property
     def taken_by_others(self):
+        """What others have taken so far."""
         return Fraction(self._others, self._unit)
 
     def take(self, now_s, amount):
@@ -101,6 +118,35 @@ class Limit:
         """Return what the provider tells of it: whole tokens, and the time until it is full."""
         level = self.level(now_s)
         return Told(self.limit, max(0, int(level)), (self.limit - level) * self.window_s / self.limit)
+
+
+class Window(Limit):
+    """A count that begins anew with every window, the first when it is first asked: Azure's."""
+
+    def __init__(self, *args, **more):
+        super().__init__(*args, **more)
+        self._end_ns = None
+
+    def _pass(self, now_ns):
+        if self._end_ns is None:
+            self._end_ns = self._then_ns + self._unit
+        for begin_ns in range(self._end_ns, now_ns + 1, self._unit):
+            self._give(0, begin_ns - self._then_ns)
+            self._give(self.limit * self._unit - self._level, 0)
+            self._then_ns, self._end_ns = begin_ns, begin_ns + self._unit
+        self._give(0, now_ns - self._then_ns)
+
+    def _left_s(self, now_s):
+        end_ns = round(now_s * _NS) + self._unit if self._end_ns is None else self._end_ns
+        return Fraction(end_ns, _NS) - Fraction(round(now_s * _NS), _NS)
+
+    def wait_s(self, now_s, amount):
+        """Return how long until an amount is there: until the window ends, if not now."""
+        return Fraction(0) if amount <= self.level(now_s) else self._left_s(now_s)
+
+    def told(self, now_s):
+        """Return what the provider tells of it: the reset is the end of the window."""
+        return super().told(now_s)._replace(reset_s=self._left_s(now_s))
 
 
 class Asked(NamedTuple):

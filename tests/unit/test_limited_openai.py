@@ -14,7 +14,7 @@ from tests.e2e.limited_openai import (
     out_of_quota,
     rate_limited,
 )
-from tests.provider_limit import CHARGING, DAY_S, Asked, Limit, Limits, duration, plain_seconds
+from tests.provider_limit import CHARGING, DAY_S, Asked, Limit, Limits, Window, duration, plain_seconds
 
 CHAT = "/v1/chat/completions"
 LIMITS = "/v1/organization/projects/proj_abc/rate_limits"
@@ -70,6 +70,7 @@ def test_limit_grants_its_capacity_and_what_flows_in():
     assert tokens.take(2.5, 25)
     assert tokens.level(1000) == 600
     assert tokens.charged == 625
+    assert tokens.given(1000) == 10_000
 
 
 def test_time_that_runs_back_gives_nothing():
@@ -78,6 +79,20 @@ def test_time_that_runs_back_gives_nothing():
     tokens.take(10, 600)
     assert tokens.level(5) == tokens.level(10) == 0
     assert tokens.level(11) == 10
+
+
+def test_window_forgets_at_its_end():
+    """All of it is there again at once, and nothing before; reset and wait are the time until then."""
+    tokens = Window(600)
+    assert tokens.take(100, 400)
+    assert tokens.level(159) == 200
+    assert tokens.told(159) == (600, 200, 1)
+    assert tokens.wait_s(159, 201) == 1
+    assert tokens.level(160) == 600
+    assert tokens.take(170, 600)
+    assert tokens.told(170) == (600, 0, 50)
+    assert tokens.level(500) == 600
+    assert tokens.given(500) == 400 + 600
 
 
 def test_others_take_what_is_there_and_no_more():
