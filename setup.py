@@ -15,6 +15,7 @@ COMPILED = {
     "tokenguard/api/call.py": [],
     "tokenguard/estimate.py": [],
     "tokenguard/exchange.py": [],
+    "tokenguard/headroom.py": [],
     "tokenguard/limiter.py": [],
     "tokenguard/metrics.py": [],
     "tokenguard/model.py": [],

@@ -57,7 +57,7 @@ class House:
         self, tokens: int, *, who: Identity = ALICE, prompt: int = 0, model: str = MODEL, now_us: int = NOW_US
     ) -> Any:
         """Ask for a reservation of ``tokens`` in all."""
-        return self.limiter.reserve(who, model, prompt, tokens, now_us)
+        return self.limiter.reserve(who, model, prompt, tokens, now_us=now_us)
 
     def taken(self, tokens: int, **asked: Any) -> Reservation:
         """Return a reservation, which must not be refused."""

@@ -16,8 +16,27 @@ cdef class Asked:
     cpdef bytes forwarded_block(self, bytes ours, str request_id)
 
 
+cdef enum:
+    RATES = 9                     # fields that tell limits
+
+cdef enum Limits:
+    NONE
+    USABLE
+    UNUSABLE
+
+
 cdef class Told:
     cdef Fields fields
+    cdef readonly int limits
+    cdef readonly int64_t requests_limit
+    cdef readonly int64_t requests_left
+    cdef readonly int64_t tokens_limit
+    cdef readonly int64_t tokens_left
+    cdef int rates[RATES]
+    cdef int tokens_at
+    cdef bint twice
+    cdef int64_t rate(self, int number) noexcept
+    cdef void weigh(self) noexcept
     cdef readonly int64_t length
     cdef readonly bytes encoding
     cdef readonly bint events

@@ -15,6 +15,8 @@ IDENTITY_HEADERS: dict[bytes, str]
 """The fields that say who calls, and which part of an identity each is."""
 REQUEST_ID: bytes
 """The header field that one call is known by, from the caller to the provider and back."""
+LIMITS: tuple[str, ...]
+"""What the provider's limits are on, as the names of its fields end."""
 MAX_KNOWN: int
 """How many callers' fields are remembered as what they came to; the oldest are forgotten first."""
 HOP_BY_HOP: tuple[bytes, ...]
@@ -58,8 +60,18 @@ class Told:
         events: Whether the body is server-sent events.
         typed: Whether there is a content-type.
         measured: Whether there is a content-length, or one that has not been dropped.
+        limits: What the provider tells of its own limits: 0 nothing, 1 what can be used, 2 something that cannot be.
+        requests_limit: The limit on requests; -1 if it is not told, or makes no sense.
+        requests_left: What remains of it, likewise.
+        tokens_limit: The limit on tokens, of those that are told the tightest; likewise.
+        tokens_left: The least that remains of any of them, likewise.
     """
 
+    limits: int
+    requests_limit: int
+    requests_left: int
+    tokens_limit: int
+    tokens_left: int
     length: int
     encoding: bytes | None
     events: bool
@@ -67,6 +79,12 @@ class Told:
     measured: bool
 
     def __new__(cls, headers: Headers | Fields) -> Self: ...
+    def reset(self, of_tokens: bool) -> bytes:
+        """Return when the bucket of the limit on tokens, or on requests, is full, as the provider words it."""
+
+    def values(self, *names: bytes) -> list[bytes]:
+        """Return the values of all fields with one of some names."""
+
     def returned(self, drop_length: bool, drop_encoding: bool) -> Headers:
         """Return what travels back to the caller; the provider's own limits and id under names of their own."""
 

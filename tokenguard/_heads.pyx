@@ -25,6 +25,7 @@ IDENTITY_HEADERS = {
 }
 REQUEST_ID = b"x-request-id"
 MAX_KNOWN = 4096
+LIMITS = ("requests", "tokens", "project-tokens")
 
 cdef tuple SHOWN = tuple([name.decode() for name in IDENTITY_HEADERS])
 
@@ -62,6 +63,7 @@ cdef enum:
     LENGTH
     TYPE
     PART                          # of an identity; the next three numbers are the others
+    RATE = PART + 4               # of the provider's limits: limit, remaining and reset of each of LIMITS
 
 cdef uint8_t ASKED[NAMES]         # what a field of a request means, by its name's number
 cdef uint8_t TOLD[NAMES]          # likewise, of an answer
@@ -72,9 +74,9 @@ for _name in NOT_TO_CALLER:
     TOLD[known(_name)] = DROPPED
 for _part, _name in enumerate(IDENTITY_HEADERS):
     ASKED[known(_name)] = PART + _part
-for _what in ("limit", "remaining", "reset"):
-    for _meter in ("requests", "tokens"):
-        TOLD[known(f"x-ratelimit-{_what}-{_meter}".encode())] = RENAMED
+for _number, _of in enumerate(LIMITS):
+    for _place, _what in enumerate(("limit", "remaining", "reset")):
+        TOLD[known(f"x-ratelimit-{_what}-{_of}".encode())] = RATE + 3 * _number + _place
 ASKED[known(b"content-encoding")] = TOLD[known(b"content-encoding")] = ENCODING
 ASKED[known(b"connection")] = TOLD[known(b"connection")] = CONNECTION
 TOLD[known(b"content-length")] = LENGTH
@@ -251,9 +253,13 @@ def forwarded_headers(headers, list credentials, str request_id):
 cdef class Told:
     def __cinit__(self, headers not None):
         cdef Line *line
+        cdef bint rated = False
         cdef int meaning, i
         self.fields = fields_of(headers)
         self.length = -1
+        self.requests_limit = self.requests_left = self.tokens_limit = self.tokens_left = -1
+        for i in range(RATES):
+            self.rates[i] = -1
         for i in range(self.fields.count):
             line = &self.fields.lines[i]
             meaning = TOLD[line.known]
@@ -267,6 +273,53 @@ cdef class Told:
                 self.encoding = line.value[:line.value_size].strip().lower()
             elif meaning == CONNECTION:
                 self.lists = self.lists or names_others(line)
+            elif meaning >= RATE:
+                rated = True
+                self.twice = self.twice or self.rates[meaning - RATE] >= 0
+                self.rates[meaning - RATE] = i
+        if rated:
+            self.weigh()
+
+    cdef int64_t rate(self, int number) noexcept:
+        """Return the number that one of the fields of limits tells; -1 if it tells none."""
+        cdef Line *line
+        if self.rates[number] < 0:
+            return -1
+        line = &self.fields.lines[self.rates[number]]
+        return number_of(line.value, line.value_size)
+
+    cdef void weigh(self) noexcept:
+        """Read the limits; of two on tokens, the tighter one."""
+        cdef int64_t limit, left
+        cdef int i
+        self.limits = UNUSABLE if self.twice else NONE
+        if self.twice:
+            return
+        for i in range(0, RATES, 3):
+            if self.rates[i] < 0 and self.rates[i + 1] < 0:
+                continue
+            limit, left = self.rate(i), self.rate(i + 1)
+            if limit < 1 or left < 0 or left > limit:
+                self.limits = UNUSABLE
+            elif i == 0:
+                self.requests_limit, self.requests_left = limit, left
+            else:
+                self.tokens_left = left if self.tokens_left < 0 else min(left, self.tokens_left)
+                if self.tokens_limit < 0 or limit < self.tokens_limit:
+                    self.tokens_limit, self.tokens_at = limit, i
+        if self.limits == NONE and (self.requests_limit > 0 or self.tokens_limit > 0):
+            self.limits = USABLE
+
+    def reset(self, bint of_tokens):
+        cdef int number = (self.tokens_at if of_tokens else 0) + 2
+        cdef Line *line
+        if self.rates[number] < 0:
+            return b""
+        line = &self.fields.lines[self.rates[number]]
+        return line.value[:line.value_size]
+
+    def values(self, *names):
+        return [value for name, value in self.fields.as_list() if name in names]
 
     cdef int sort_out(self, bint drop_length, bint drop_encoding) except -1:
         """Decide of each field whether it travels on."""
@@ -357,7 +410,9 @@ cdef class Told:
 
 
 cdef bint is_renamed(Line *line) noexcept:
-    return TOLD[line.known] == RENAMED or (not line.known and begins(line, b"x-ratelimit-", 12))
+    return TOLD[line.known] == RENAMED or TOLD[line.known] >= RATE or (
+        not line.known and begins(line, b"x-ratelimit-", 12)
+    )
 
 
 cdef bint is_event_stream(Line *line) noexcept:

@@ -7,7 +7,7 @@ from libc.string cimport memcpy
 
 from tokenguard._bucket cimport Outcome
 
-from tokenguard.model import NEVER_US as _NEVER_US
+from tokenguard.model import NEVER_US as _NEVER_US, Meter
 
 cdef enum:
     ROOM = 48                     # bytes; a duration of 2^63 µs takes 21
@@ -15,12 +15,15 @@ cdef enum:
     LINES = 32 * 3 * LONGEST      # a plan has at most 32 buckets, and no more meters
 
 cdef int64_t NEVER = _NEVER_US
+cdef object GATE = Meter.GATE
 cdef tuple WHAT = ("limit", "remaining", "reset")
 
 
 def by_meter(meters):
     groups = {}
     for i, meter in enumerate(meters):
+        if meter is GATE:
+            continue              # nothing that a caller could count
         groups.setdefault(meter, []).append(i)
     return tuple([(names_of(meter), tuple(numbers)) for meter, numbers in groups.items()])
 

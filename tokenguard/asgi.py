@@ -32,22 +32,22 @@ def create_app(
     upstream = upstream or upstream_of(house.config)
     app: falcon.asgi.App[Any, Any] = falcon.asgi.App(request_type=GuardedRequest)
     house.furnish(app, over_asgi, ChatCompletions(house.guard, upstream), Models(upstream, house.terms))
-    app.add_middleware(Lifespan(upstream, house.backend))
+    app.add_middleware(Lifespan(upstream, house))
     return GuardedApp(app, house.guard)
 
 
 class Lifespan:
     """Opens and closes what is beyond this process: the connections to the provider, and to the buckets."""
 
-    def __init__(self, upstream: Upstream, backend: Backend) -> None:
+    def __init__(self, upstream: Upstream, house: House) -> None:
         self._upstream = upstream
-        self._backend = backend
+        self._house = house
 
     async def process_startup(self, scope: Mapping[str, Any], event: Mapping[str, Any]) -> None:
         """Open."""
-        await self._backend.start()
+        await self._house.start()
 
     async def process_shutdown(self, scope: Mapping[str, Any], event: Mapping[str, Any]) -> None:
         """Close."""
         await self._upstream.close()
-        await self._backend.stop()
+        await self._house.stop()

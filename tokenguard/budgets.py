@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from tokenguard import arithmetic
@@ -10,7 +10,18 @@ from tokenguard._bucket import MAX_PLAN
 from tokenguard.backends import Backend
 from tokenguard.errors import BudgetNotFound, InvalidRequest
 from tokenguard.jsontext import shown, whole_number
-from tokenguard.model import GLOBAL, GLOBAL_ID, SCOPE_KINDS, BucketName, Budget, Meter, Scope, checked_name
+from tokenguard.model import (
+    GLOBAL,
+    GLOBAL_ID,
+    SCOPE_KINDS,
+    SETTABLE_METERS,
+    BucketName,
+    Budget,
+    Meter,
+    Scope,
+    Source,
+    checked_name,
+)
 from tokenguard.plan import Plans
 
 MAX_PAGE = 1000
@@ -102,6 +113,18 @@ class Budgets:
             page += self._states(budgets[at : min(limit, at + MAX_PLAN)], now_us)
         return page, budgets[limit - 1].name.key if len(budgets) > limit else None
 
+    def learned(self, now_us: int | None = None) -> list[BudgetState]:
+        """Return the budgets of the global scope that were learned of the provider, in the order of their keys.
+
+        Raises:
+            BackendDown: The budgets cannot be reached.
+        """
+        self._backend.refresh()
+        found = [budget for budget in self._backend.on(Scope(GLOBAL, GLOBAL_ID)) if budget.name.source is not None]
+        found.sort(key=lambda budget: budget.name.key)
+        parts = (found[at : at + MAX_PLAN] for at in range(0, len(found), MAX_PLAN))
+        return [state for part in parts for state in self._states(part, now_us)]
+
     def _state(self, budget: Budget, *, explicit: bool, now_us: int | None) -> BudgetState:
         (state,) = self._states([budget], now_us)
         return state._replace(explicit=explicit)
@@ -122,7 +145,7 @@ def read_budget(members: dict[str, Any]) -> tuple[Budget, int | None]:
         if field not in _FIELDS:
             allowed = ", ".join(_FIELDS)
             raise InvalidRequest(field[:80], f"{field[:80]!r} is not a field of a budget; allowed are {allowed}")
-    name = read_name(members)
+    name = read_name(members, SETTABLE_METERS)
     capacity = whole_number(members, "capacity", 1, arithmetic.MAX_CAPACITY)
     rate = _rate(members)
     debt_bound = arithmetic.MAX_UNITS - capacity
@@ -136,8 +159,12 @@ def read_budget(members: dict[str, Any]) -> tuple[Budget, int | None]:
     return Budget(name, scale), level
 
 
-def read_name(members: dict[str, Any]) -> BucketName:
-    """Read what a budget limits: ``scope``, ``id`` and, if given, ``meter`` and ``model``.
+def read_name(members: dict[str, Any], meters: Collection[Meter] = tuple(Meter)) -> BucketName:
+    """Read what a budget limits: ``scope``, ``id`` and, if given, ``meter``, ``model`` and ``source``.
+
+    Args:
+        members: What is given.
+        meters: What it may count.
 
     Raises:
         InvalidValue: A field is missing or out of bounds; the message says which.
@@ -154,13 +181,22 @@ def read_name(members: dict[str, Any]) -> BucketName:
         raise InvalidRequest("id", f"id must be a string, got {shown(members, 'id')}")
     if kind == GLOBAL and id_ != GLOBAL_ID:
         raise InvalidRequest("id", f'id of scope global must be "{GLOBAL_ID}" (or left out), got {id_!r}')
-    meter, model = members.get("meter"), members.get("model")
-    if meter is not None and meter not in tuple(Meter):
-        raise InvalidRequest("meter", f"meter must be one of {', '.join(Meter)}, got {shown(members, 'meter')}")
+    meter, model, source = members.get("meter"), members.get("model"), members.get("source")
+    if meter is not None and meter not in meters:
+        raise InvalidRequest("meter", f"meter must be one of {', '.join(meters)}, got {shown(members, 'meter')}")
+    if source is not None and source not in tuple(Source):
+        raise InvalidRequest(
+            "source", f"source must be one of {', '.join(Source)}, got {shown(members, 'source')}"
+        )
     if model is not None and not isinstance(model, str):
         raise InvalidRequest("model", f"model must be a string, got {shown(members, 'model')}")
     scope = Scope(kind, checked_name("id", id_))
-    return BucketName(scope, Meter(meter or Meter.TOKENS), None if model is None else checked_name("model", model))
+    return BucketName(
+        scope,
+        Meter(meter or Meter.TOKENS),
+        None if model is None else checked_name("model", model),
+        None if source is None else Source(source),
+    )
 
 
 def _rate(members: dict[str, Any]) -> float:

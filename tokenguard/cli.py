@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import click
 
@@ -75,7 +76,8 @@ def serve(host: str, port: int, workers: int | None) -> None:
 @_workers
 def demo(host: str, port: int, workers: int | None) -> None:
     """Guard a built-in demo that needs no key."""
-    _run(_config(), DemoUpstream(), host, port, workers)
+    alone = replace(_config(), openai_api_key=None, openai_admin_key=None)  # no key of anybody's is used
+    _run(alone, DemoUpstream(), host, port, workers)
 
 
 def _config() -> Config:

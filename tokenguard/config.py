@@ -34,6 +34,9 @@ class Config:
         openai_base_url: Where the provider's API begins.
         openai_organization: The organization that pays, if the key has several.
         openai_project: The project that pays, if the key has several.
+        openai_admin_key: Opens the provider's admin API; None if it is not to be asked.
+        provider_limits: Whether the provider's own limits are learned and obeyed.
+        sync_interval_s: How often the admin API is asked for them.
         defaults: For each kind of scope the tokens that an id without a budget of its own gets.
         admin_token: What opens the admin endpoints; None opens them to peers nearby.
         admin_allow: Where such peers may be.
@@ -80,9 +83,12 @@ class Config:
     log_calls: bool
     log_json: bool
     fast_lane: bool
+    provider_limits: bool
+    sync_interval_s: float
     openai_api_key: str | None = field(default=None, repr=False)
     openai_organization: str | None = None
     openai_project: str | None = None
+    openai_admin_key: str | None = field(default=None, repr=False)
     admin_token: str | None = field(default=None, repr=False)
     redis: RedisUrl | None = None
     nodes: int | None = None
@@ -206,6 +212,9 @@ SETTINGS: dict[str, Setting] = {
     "OPENAI_BASE_URL": Setting(_url, "https://api.openai.com/v1"),
     "OPENAI_ORG_ID": Setting(_text),
     "OPENAI_PROJECT_ID": Setting(_text),
+    "OPENAI_ADMIN_KEY": Setting(_secret, secret=True),
+    "TOKENGUARD_PROVIDER_LIMITS": Setting(_switch, "on"),
+    "TOKENGUARD_SYNC_INTERVAL_S": Setting(_seconds, "300"),
     "REDIS_URL": Setting(read_redis_url, secret=True),
     "CAP_GLOBAL": Setting(_capacity, "10000"),
     "RATE_GLOBAL": Setting(_rate, "50"),
@@ -267,6 +276,11 @@ def read_config(environ: Mapping[str, str]) -> Config:
             "TOKENGUARD_STATE",
             f"TOKENGUARD_STATE and TOKENGUARD_TABLE must be two files, got {values['TOKENGUARD_STATE']} for both",
         )
+    if values["OPENAI_ADMIN_KEY"] is not None and values["OPENAI_PROJECT_ID"] is None:
+        raise InvalidSetting(
+            "OPENAI_PROJECT_ID",
+            "OPENAI_PROJECT_ID must be set where OPENAI_ADMIN_KEY is: limits are read project by project; got nothing",
+        )
     if values["TOKENGUARD_REDIS_DOWN"] == "share" and values["TOKENGUARD_NODES"] is None:
         raise InvalidSetting(
             "TOKENGUARD_NODES",
@@ -278,6 +292,9 @@ def read_config(environ: Mapping[str, str]) -> Config:
         openai_base_url=values["OPENAI_BASE_URL"],
         openai_organization=values["OPENAI_ORG_ID"],
         openai_project=values["OPENAI_PROJECT_ID"],
+        openai_admin_key=values["OPENAI_ADMIN_KEY"],
+        provider_limits=values["TOKENGUARD_PROVIDER_LIMITS"],
+        sync_interval_s=values["TOKENGUARD_SYNC_INTERVAL_S"],
         defaults=_defaults(values, given),
         admin_token=values["TOKENGUARD_ADMIN_TOKEN"],
         admin_allow=values["TOKENGUARD_ADMIN_ALLOW"],

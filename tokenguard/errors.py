@@ -90,3 +90,7 @@ class UpstreamBusy(UpstreamError):
 
 class UpstreamTimeout(UpstreamError):
     """The provider took longer than the configured limit."""
+
+
+class ProviderError(TokenGuardError):
+    """The provider did not tell its limits; the message says what it said instead. Nothing was changed."""

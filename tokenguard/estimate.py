@@ -40,10 +40,12 @@ class Estimate(NamedTuple):
     Attributes:
         prompt: For the prompt.
         total: For the prompt and all answers.
+        most: What the provider may count against its own limits when the call comes in.
     """
 
     prompt: int
     total: int
+    most: int
 
 
 class Traffic:
@@ -138,7 +140,9 @@ class Estimator:
         if output_cap is not None and output_cap < output:
             output = output_cap
         prompt = _whole(text_bytes / traffic.bytes_per_token()) + extra_tokens
-        return tuple.__new__(Estimate, (prompt, prompt + choices * output))  # PERF: half of what its own takes
+        most = max(prompt, (text_bytes + 3) // 4 + extra_tokens)
+        most += choices * output_cap if output_cap is not None else max(choices * output, 16)
+        return tuple.__new__(Estimate, (prompt, prompt + choices * output, most))  # PERF: half of what its own takes
 
     def learn(
         self, model: str, user: str, text_bytes: int, prompt_tokens: int, choices: int, output_tokens: int

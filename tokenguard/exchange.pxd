@@ -5,10 +5,13 @@ from tokenguard._heads cimport Asked, Told
 from tokenguard.account cimport Account
 from tokenguard.estimate cimport Estimator
 from tokenguard.limiter cimport Reservation
+from tokenguard.plan cimport Plan
 from tokenguard.model cimport Answer, Head, UpstreamRequest
 from tokenguard.providers._chat cimport ChatRequest, Reader
 
 cdef long long _UNKNOWN
+cdef int USABLE
+cdef int MAX_REFUSAL_BYTES
 
 
 cdef class Exchange
@@ -62,6 +65,9 @@ cdef class Exchange:
     cdef bint _refused
     cdef bint _stream
     cdef long long _bytes_left
+    cdef readonly Told told
+    cdef readonly tuple lowering
+    cdef readonly bytes refusal
 
     @cython.locals(asked=Asked, request=ChatRequest)
     cpdef begin(self, headers, body)
@@ -69,6 +75,8 @@ cdef class Exchange:
     cdef bint _adds_usage(self) except -1
     @cython.locals(told=Told, events=bint, decoded=bint, passed=list, reservation=Reservation)
     cpdef Head answered(self, int status, headers)
+    @cython.locals(status=object, plan=Plan)
+    cdef _weigh(self, Told told, Reservation reservation)
     cpdef bytes feed(self, bytes chunk)
     cpdef End finish(self)
     cpdef End abort(self, error=*)

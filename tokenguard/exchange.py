@@ -38,8 +38,14 @@ from tokenguard.model import (
 from tokenguard.providers._chat import ChatRequest
 from tokenguard.providers.openai import CHAT_PATH, EventStream, JsonAnswer, read_chat
 
+MAX_REFUSAL_BYTES = 65_536
+"""So much of a 429's body is looked at, or a piece more."""
+
 _UNKNOWN = -1
 """So many bytes of an answer are left whose length nobody has told."""
+
+USABLE = 1
+"""``Told.limits`` of a head whose limits make sense."""
 
 _SETTLED, _REFUNDED, _KEPT = Outcome.SETTLED, Outcome.REFUNDED, Outcome.KEPT
 
@@ -51,6 +57,7 @@ class Ask(NamedTuple):
     model: str
     prompt: int
     total: int
+    most: int
 
 
 class Settlement:
@@ -140,6 +147,10 @@ class Exchange:
 
     Attributes:
         account: What became of the call so far.
+        told: What the provider's head told, as long as something is to be done about its limits: they are others
+            than those that are known, or they cannot be used, or the call was refused.
+        lowering: What buckets have to be lowered by because the provider told that less remains; None for nothing.
+        refusal: The body of the provider's 429, of which this much has come.
     """
 
     def __init__(self, terms: Terms, request_id: str) -> None:
@@ -157,6 +168,19 @@ class Exchange:
         self._refused = False
         self._bytes_left = _UNKNOWN
         self._stream = False
+        self.told: Told | None = None
+        self.lowering: tuple[int, ...] | None = None
+        self.refusal = b""
+
+    @property
+    def model(self) -> str:
+        """Which model was asked."""
+        return self._request.model
+
+    @property
+    def reservation(self) -> Reservation | None:
+        """What is neither settled nor kept yet."""
+        return self._reservation
 
     @property
     def stream(self) -> bool:
@@ -182,7 +206,7 @@ class Exchange:
         self._body = body
         self._in_lines = isinstance(headers, Fields)
         model = request.model
-        prompt, total = self._estimate = self._terms.estimator.estimate(
+        prompt, total, most = self._estimate = self._terms.estimator.estimate(
             model,
             self._identity.user,
             text_bytes=request.text_bytes,
@@ -193,7 +217,7 @@ class Exchange:
         self._stream = request.stream
         self.account.model, self.account.stream = model, self._stream
         self.account.estimate = total
-        return tuple.__new__(Ask, (self._identity, model, prompt, total))  # PERF: half of what its own takes
+        return tuple.__new__(Ask, (self._identity, model, prompt, total, most))  # PERF: half of what its own takes
 
     def reserved(self, reserved: Reservation | Decision) -> UpstreamRequest | Answer:
         """Take in what came of reserving; return the request to forward, or the refusal."""
@@ -225,12 +249,29 @@ class Exchange:
         events = told.events and (decoded or told.encoding is None or told.encoding == b"identity")
         self._reader = EventStream(swallow_usage=self._adds_usage()) if events else JsonAnswer()
         reservation = self._reservation
+        if reservation is not None:
+            self._weigh(told, reservation)
         if not self._in_lines:
             passed = told.returned(events or decoded, decoded)
             return Head(status, passed if reservation is None else passed + reservation.limit_headers())
         limits = b"" if reservation is None else reservation.limit_lines()
         block = told.returned_block(events or decoded, decoded, limits)
         return Head(status, [], block, told.typed, told.measured)
+
+    def _weigh(self, told: Told, reservation: Reservation) -> None:
+        """See what the provider tells of its own limits."""
+        status, plan = self.account.upstream_status, reservation.plan
+        if status != 429 and (status is None or status >= 300):
+            return
+        if told.limits == USABLE:
+            self.lowering = reservation.lowering(told.tokens_left, told.requests_left)
+        if (
+            status == 429
+            or told.limits != USABLE
+            or (told.tokens_limit > 0 and told.tokens_limit != plan.limit_at(plan.tokens_at))
+            or (told.requests_limit > 0 and told.requests_limit != plan.limit_at(plan.requests_at))
+        ):
+            self.told = told
 
     def feed(self, chunk: bytes) -> bytes:
         """Take in a piece of the provider's body; return what to pass on, which may be nothing.
@@ -242,6 +283,8 @@ class Exchange:
             self._bytes_left = max(0, self._bytes_left - len(chunk))
         if self._decoder is not None:
             chunk = self._decoder.decode(chunk)
+        if self.account.upstream_status == 429 and len(self.refusal) < MAX_REFUSAL_BYTES:
+            self.refusal += chunk
         return self._reader.feed(chunk) if self._reader is not None else chunk
 
     @property

@@ -15,7 +15,11 @@ cdef class Reservation:
     cdef readonly tuple costs
     cdef Outcome _outcome
     cdef bint _open
+    cdef long long _tokens_moved
+    cdef long long _requests_moved
 
+    @cython.locals(plan=Plan, fewer_tokens="long long", fewer_requests="long long", level="long long", deltas=list)
+    cpdef tuple lowering(self, long long tokens, long long requests)
     cpdef list limit_headers(self)
     cpdef bytes limit_lines(self)
     cpdef close(self)
@@ -29,7 +33,8 @@ cdef class Limiter:
     cdef object _plans
 
     @cython.locals(tries_left=cython.int, plan=Plan, costs=tuple, outcome=Outcome)
-    cpdef reserve(self, identity, model, prompt, total, now_us=*)
+    cpdef reserve(self, identity, model, prompt, total, most=*, now_us=*)
+    cpdef lower(self, Reservation reservation, tuple deltas)
     @cython.locals(handle=object, deltas=object)
     cpdef settle(self, Reservation reservation, tokens, now_us=*)
 

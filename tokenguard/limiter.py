@@ -28,6 +28,13 @@ class Reservation:
         self.costs = costs
         self._outcome = outcome
         self._open = True
+        self._tokens_moved = 0 if plan.tokens_room is None else plan.tokens_room.moved
+        self._requests_moved = 0 if plan.requests_room is None else plan.requests_room.moved
+
+    @property
+    def handle(self) -> Handle:
+        """How the backend knows what was taken."""
+        return self._outcome.handle
 
     @property
     def decision(self) -> Decision:
@@ -41,6 +48,35 @@ class Reservation:
     def limit_lines(self) -> bytes:
         """Return the same as lines, each with its CRLF."""
         return _limit_fields.limit_lines(self.plan.groups, self._outcome)
+
+    def lowering(self, tokens: int, requests: int) -> tuple[int, ...] | None:
+        """Take in what the provider told of its own limits; return by how much each bucket has to be lowered.
+
+        Args:
+            tokens: What remains, of the moment when the provider counted this call; -1 if that is not known.
+            requests: Likewise.
+
+        Returns:
+            The deltas for ``Limiter.lower``, or None if there is nothing to lower.
+        """
+        plan = self.plan
+        fewer_tokens = fewer_requests = 0
+        if type(self._outcome.handle) is not type(plan.handle):
+            return None  # a node decided on its own: its levels are not those of the bucket
+        if tokens >= 0 and plan.tokens_room is not None:
+            level = self._outcome.level(plan.tokens_at)
+            fewer_tokens = plan.tokens_room.told(tokens, level, self._tokens_moved)
+        if requests >= 0 and plan.requests_room is not None:
+            level = self._outcome.level(plan.requests_at)
+            fewer_requests = plan.requests_room.told(requests, level, self._requests_moved)
+        if fewer_tokens == 0 and fewer_requests == 0:
+            return None
+        deltas = [0] * len(self.costs)
+        if fewer_tokens:
+            deltas[plan.tokens_at] = fewer_tokens
+        if fewer_requests:
+            deltas[plan.requests_at] = fewer_requests
+        return tuple(deltas)
 
     def close(self) -> None:
         """Mark it as dealt with.
@@ -86,7 +122,13 @@ class Limiter:
         self._plans = plans
 
     def reserve(
-        self, identity: Identity, model: str, prompt: int, total: int, now_us: int | None = None
+        self,
+        identity: Identity,
+        model: str,
+        prompt: int,
+        total: int,
+        most: int | None = None,
+        now_us: int | None = None,
     ) -> Reservation | Decision:
         """Take a call's estimate from every bucket on its path, or from none.
 
@@ -95,6 +137,7 @@ class Limiter:
             model: Which model.
             prompt: Tokens expected for the prompt.
             total: Tokens expected for the prompt and the answers.
+            most: Tokens that the provider may count against its own limits; None for ``total``.
             now_us: The time; None is now.
 
         Returns:
@@ -108,7 +151,7 @@ class Limiter:
         """
         for tries_left in reversed(range(_TRIES)):
             plan = self._plans.resolve(identity, model)
-            costs = plan.costs(prompt, total)
+            costs = plan.costs(prompt, total, most)
             try:
                 outcome = self._backend.reserve(plan.handle, costs, now_us)
             except StaleHandle:
@@ -120,13 +163,19 @@ class Limiter:
         return Reservation(plan, costs, outcome) if outcome.allowed else _decision(plan, outcome)
 
     async def reserve_soon(
-        self, identity: Identity, model: str, prompt: int, total: int, now_us: int | None = None
+        self,
+        identity: Identity,
+        model: str,
+        prompt: int,
+        total: int,
+        most: int | None = None,
+        now_us: int | None = None,
     ) -> Reservation | Decision:
         """Do what ``reserve`` does, without holding up an event loop; if it is cancelled, nothing is taken."""
         # PERF: the loop stands here once more, for a generator that serves both takes a quarter of a reserve.
         for tries_left in reversed(range(_TRIES)):
             plan = self._plans.resolve(identity, model)
-            costs = plan.costs(prompt, total)
+            costs = plan.costs(prompt, total, most)
             try:
                 outcome = await self._backend.reserve_soon(plan.handle, costs, now_us)
             except StaleHandle:
@@ -168,6 +217,22 @@ class Limiter:
         except Exception:
             reservation.reopen()
             raise
+
+    def lower(self, reservation: Reservation, deltas: tuple[int, ...]) -> None:
+        """Charge the buckets that a call passed for what was spent beside it.
+
+        Args:
+            reservation: The call's; it stays open.
+            deltas: What ``Reservation.lowering`` returned.
+
+        Raises:
+            TableBusy: The table's lock was not to be had; nothing was changed.
+        """
+        self._backend.settle(reservation.handle, deltas)
+
+    def lower_soon(self, reservation: Reservation, deltas: tuple[int, ...]) -> None:
+        """Do so without holding up an event loop; nobody waits for it."""
+        self._backend.settle_soon(reservation.handle, deltas)
 
     def refund(self, reservation: Reservation, now_us: int | None = None) -> None:
         """Give all tokens back; the request stays counted.

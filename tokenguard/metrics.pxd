@@ -31,7 +31,7 @@ cdef class Metrics:
     cdef object _registry
     cdef Tally _in_flight, _open, _reserved, _settled, _refunded, _overrun, _lost, _failures
     cdef _Histogram _seconds, _ratio
-    cdef _Labelled _requests, _refusals, _answers
+    cdef _Labelled _requests, _refusals, _answers, _limits
 
     cpdef answered(self, route, int status)
     cpdef began(self)
@@ -41,5 +41,6 @@ cdef class Metrics:
     cpdef settlement_lost(self)
     cpdef upstream_answered(self, Account account)
     cpdef upstream_failed(self)
+    cpdef provider_told(self, what)
     @cython.locals(bucket=object)
     cpdef ended(self, Account account)

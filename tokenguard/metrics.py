@@ -47,9 +47,11 @@ _LABELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "requests": (("route", "status"), "Requests answered, by route and status."),
     "refusals": (
         ("scope", "meter"),
-        "Calls refused, by the kind of the scope whose budget did not suffice, and by what it counts.",
+        "Calls refused, by the kind of the scope whose budget did not suffice (provider: a limit of the provider's own), "
+        "and by what it counts.",
     ),
     "upstream_answers": (("status",), "Answers of the provider to calls, by status."),
+    "provider_limits": (("what",), "What happened to what the provider tells of its own limits, by what it was."),
 }
 _HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
     "upstream_seconds": (
@@ -90,6 +92,7 @@ class Metrics:
         self._requests = _Labelled(table, "requests")
         self._refusals = _Labelled(table, "refusals")
         self._answers = _Labelled(table, "upstream_answers")
+        self._limits = _Labelled(table, "provider_limits")
 
     def answered(self, route: str | None, status: int) -> None:
         """Count a request of any kind; ``route`` is None for a path that is not there."""
@@ -129,11 +132,16 @@ class Metrics:
         """Count a failure of the provider."""
         self._failures.add()
 
+    def provider_told(self, what: str) -> None:
+        """Count what happened to what the provider tells of its own limits."""
+        self._limits.of((what,)).add()
+
     def ended(self, account: Account) -> None:
         """Count a call that is over."""
         self._in_flight.add(-1)
         if (bucket := account.refused_by) is not None:
-            self._refusals.of((bucket.scope.kind, bucket.meter.value)).add()
+            whose = bucket.scope.kind if bucket.source is None else "provider"
+            self._refusals.of((whose, bucket.meter.value)).add()
 
     def exposition(self, accept: str | None) -> tuple[str, bytes]:
         """Return the content type and the text of all metrics, in the format that is asked for."""

@@ -23,10 +23,27 @@ SEPARATOR = "\x1f"
 
 
 class Meter(StrEnum):
-    """What a budget counts."""
+    """What a budget counts.
+
+    ``GATE`` is for ourselves alone: calls of a model whose provider has asked to wait, in thousandths of a call.
+    """
 
     TOKENS = "tokens"
     REQUESTS = "requests"
+    GATE = "gate"
+
+
+SETTABLE_METERS = (Meter.TOKENS, Meter.REQUESTS)
+"""What a budget that is set by hand may count."""
+
+
+class Source(StrEnum):
+    """Where a limit of the provider's own was learned."""
+
+    HEADERS = "headers"
+    ADMIN = "admin"
+    ADMIN_DAILY = "admin-daily"
+    GATE = "gate"
 
 
 def checked_name(field: str, value: str) -> str:
@@ -77,22 +94,31 @@ class Identity(NamedTuple):
 
 
 class BucketName(NamedTuple):
-    """What one budget limits, and one bucket counts; ``model`` None means all models."""
+    """What one budget limits, and one bucket counts.
+
+    Attributes:
+        scope: On whom.
+        meter: What is counted.
+        model: Of which model's calls; None means all models.
+        source: Where it was learned, if it is a limit of the provider's own; None if it is ours.
+    """
 
     scope: Scope
     meter: Meter = Meter.TOKENS
     model: str | None = None
+    source: Source | None = None
 
     @property
     def key(self) -> bytes:
         """The name as bytes, the same in every backend."""
-        return SEPARATOR.join((self.scope.kind, self.scope.id, self.meter, self.model or "")).encode()
+        parts = [self.scope.kind, self.scope.id, self.meter, self.model or ""]
+        return SEPARATOR.join(parts + [self.source] * (self.source is not None)).encode()
 
     @classmethod
     def from_key(cls, key: bytes) -> BucketName:
         """Return the name that has a key."""
-        kind, scope_id, meter, model = key.decode().split(SEPARATOR)
-        return cls(Scope(kind, scope_id), Meter(meter), model or None)
+        kind, scope_id, meter, model, *source = key.decode().split(SEPARATOR)
+        return cls(Scope(kind, scope_id), Meter(meter), model or None, Source(source[0]) if source else None)
 
     def __str__(self) -> str:
         return f"{self.scope} on {self.meter}" + (f" of {self.model}" if self.model else "")

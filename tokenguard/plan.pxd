@@ -1,6 +1,10 @@
 """What a call costs, in C."""
 
 cimport cython
+from libc.stdint cimport int64_t
+from tokenguard.headroom cimport Headroom
+
+cdef int _OURS, _THEIRS, _REQUESTS, _GATE
 
 
 @cython.final
@@ -8,9 +12,20 @@ cdef class Plan:
     cdef readonly tuple budgets
     cdef readonly object handle
     cdef readonly tuple groups
-    cdef tuple _counts_tokens
+    cdef readonly int tokens_at
+    cdef readonly int requests_at
+    cdef readonly Headroom tokens_room
+    cdef readonly Headroom requests_room
+    cdef list _limits
+    cdef tuple _counts
+    cdef bint _theirs
     cdef long long _small
 
-    cpdef tuple costs(self, prompt, total)
-    @cython.locals(counted=tuple, i=cython.int)
+    cpdef int64_t limit_at(self, int place) except -1
+    @cython.locals(counts=tuple, costs=list, i=cython.int)
+    cpdef tuple costs(self, prompt, total, most=*)
+    @cython.locals(counts=tuple, deltas=list, i=cython.int, given="long long")
     cpdef tuple deltas(self, tuple costs, tokens)
+
+
+cdef _cost(int count, total, most)

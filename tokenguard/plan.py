@@ -7,10 +7,17 @@ from functools import lru_cache
 
 from tokenguard._limit_fields import by_meter
 from tokenguard.backends import Backend, Handle
-from tokenguard.model import BucketName, Budget, Identity, Meter, Scale, Scope
+from tokenguard.headroom import Headroom
+from tokenguard.model import BucketName, Budget, Identity, Meter, Scale, Scope, Source
 
 MAX_PLANS = 8192
 """How many plans are remembered; the least used is forgotten first."""
+
+GATE_COST = 1000
+"""What a call costs of a gate, which counts in thousandths of a call, so that it opens to the millisecond."""
+
+_OURS, _THEIRS, _REQUESTS, _GATE = range(4)
+"""What a bucket counts: tokens as we estimate and settle them, tokens as the provider counts them, calls."""
 
 
 class Plan:
@@ -20,43 +27,110 @@ class Plan:
         budgets: What limits the call, in the order of the hierarchy.
         handle: The backend's.
         groups: Their numbers, those of one meter together, for the fields that tell of them.
+        tokens_at: Which of them is the provider's own, of tokens, as header fields told it; -1 for none.
+        requests_at: Likewise, of requests.
+        tokens_room: What is known of the provider's own count of that, if there is one.
+        requests_room: Likewise.
     """
 
-    def __init__(self, budgets: Sequence[Budget], handle: Handle) -> None:
+    def __init__(
+        self,
+        budgets: Sequence[Budget],
+        handle: Handle,
+        tokens_room: Headroom | None = None,
+        requests_room: Headroom | None = None,
+    ) -> None:
         self.budgets = tuple(budgets)
         self.handle = handle
         self.groups = by_meter([budget.name.meter for budget in self.budgets])
-        self._counts_tokens = tuple([budget.name.meter is Meter.TOKENS for budget in self.budgets])
+        self.tokens_room = tokens_room
+        self.requests_room = requests_room
+        self.tokens_at = _place(self.budgets, Meter.TOKENS)
+        self.requests_at = _place(self.budgets, Meter.REQUESTS)
+        self._limits = [budget.scale.capacity for budget in self.budgets]
+        self._counts = tuple([_count(budget.name) for budget in self.budgets])
+        self._theirs = _THEIRS in self._counts
         self._small = min(
-            (_half(budget.scale) for budget, tokens in zip(budgets, self._counts_tokens, strict=True) if tokens),
+            [_half(self.budgets[i].scale) for i in range(len(self.budgets)) if self._counts[i] <= _THEIRS],
             default=0,
         )
 
-    def costs(self, prompt: int, total: int) -> tuple[int, ...]:
-        """Return what a call asks of each bucket: the estimate, capped, or one request.
+    def limit_at(self, place: int) -> int:
+        """Return the capacity of one of the buckets; 0 for none, at -1."""
+        return 0 if place < 0 else self._limits[place]
+
+    def costs(self, prompt: int, total: int, most: int | None = None) -> tuple[int, ...]:
+        """Return what a call asks of each bucket: an estimate, capped, or one request.
 
         A bucket is never asked for more than the larger of the prompt and half of what it holds, so that no
         call needs a brim-full bucket; what is used beyond becomes debt when the call is settled. Only where
         half the prompt's estimate exceeds the capacity (estimates err by up to 1.6 times) is the prompt asked
         for as it is, which can never pass.
 
+        Of the provider's own buckets a call asks what the provider may count it for. What is more than such a
+        bucket can hold, the provider will refuse itself, and for good: it is not kept waiting for that.
+
         Args:
             prompt: Tokens expected for the prompt.
             total: Tokens expected for the prompt and the answers.
+            most: Tokens that the provider may count it for when it comes in, at least ``total``; None for ``total``.
         """
-        if total <= self._small:  # PERF: the common case; row "Limiter" of test_bench_bucket
-            return tuple([total if tokens else 1 for tokens in self._counts_tokens])
-        return tuple(
-            [
-                _token_cost(budget.scale, prompt, total) if tokens else 1
-                for budget, tokens in zip(self.budgets, self._counts_tokens, strict=True)
-            ]
-        )
+        counts = self._counts
+        if most is None:
+            most = total
+        if (most if self._theirs else total) <= self._small:  # PERF: the common case; row "Limiter" of test_bench_bucket
+            return tuple([_cost(counts[i], total, most) for i in range(len(counts))])
+        costs = []
+        for i in range(len(counts)):
+            scale = self.budgets[i].scale
+            if counts[i] == _OURS:
+                costs.append(_token_cost(scale, prompt, total))
+            elif counts[i] == _THEIRS:
+                costs.append(most if most <= scale.capacity else min(prompt, _half(scale)))
+            else:
+                costs.append(_cost(counts[i], total, most))
+        return tuple(costs)
 
     def deltas(self, costs: tuple[int, ...], tokens: int) -> tuple[int, ...]:
-        """Return what each bucket is still owed once a call took ``tokens``; requests stay counted."""
-        counted = self._counts_tokens
-        return tuple([tokens - costs[i] if counted[i] else 0 for i in range(len(counted))])
+        """Return what each bucket is still owed once a call took ``tokens``; requests stay counted.
+
+        Of what the provider's own buckets were charged, as much is given back as the provider's count allows,
+        where that is known.
+        """
+        counts = self._counts
+        if not self._theirs:
+            return tuple([tokens - costs[i] if counts[i] == _OURS else 0 for i in range(len(counts))])
+        given = -1
+        if self.tokens_room is not None and self.tokens_room.known:
+            given = self.tokens_room.give(costs[self.tokens_at])
+        deltas = []
+        for i in range(len(counts)):
+            delta = tokens - costs[i] if counts[i] <= _THEIRS else 0
+            if counts[i] == _THEIRS and given >= 0:
+                delta = -min(given, costs[i])
+            deltas.append(delta)
+        return tuple(deltas)
+
+
+def _place(budgets: tuple[Budget, ...], meter: Meter) -> int:
+    for i, budget in enumerate(budgets):
+        if budget.name.source is Source.HEADERS and budget.name.meter is meter:
+            return i
+    return -1
+
+
+def _count(name: BucketName) -> int:
+    if name.meter is Meter.TOKENS:
+        return _OURS if name.source is None else _THEIRS
+    return _GATE if name.meter is Meter.GATE else _REQUESTS
+
+
+def _cost(count: int, total: int, most: int) -> int:
+    if count == _OURS:
+        return total
+    if count == _THEIRS:
+        return most
+    return GATE_COST if count == _GATE else 1
 
 
 def _half(scale: Scale) -> int:
@@ -81,22 +155,30 @@ class Plans:
     def __init__(self, backend: Backend, defaults: Mapping[str, Scale]) -> None:
         self._backend = backend
         self._defaults = dict(defaults)
+        self._rooms: dict[BucketName, Headroom] = {}
         self.resolve = lru_cache(MAX_PLANS)(self._resolve)
         self.forget = self.resolve.cache_clear
 
     def default(self, name: BucketName) -> Budget | None:
         """Return what holds for a scope without a budget of its own."""
-        if name.meter is not Meter.TOKENS or name.model is not None or name.scope.kind not in self._defaults:
+        if name != BucketName(name.scope) or name.scope.kind not in self._defaults:
             return None
         return Budget(name, self._defaults[name.scope.kind])
 
     def _resolve(self, identity: Identity, model: str) -> Plan:
         epoch = self._backend.epoch  # before the budgets: if one changes now, the handle is stale
         budgets = [budget for scope in identity.scopes() for budget in self._on(scope, model)]
-        return Plan(budgets, self._backend.prepare(budgets, epoch))
+        rooms = {budget.name.meter: self._room(budget.name) for budget in budgets if budget.name.source is Source.HEADERS}
+        return Plan(
+            budgets, self._backend.prepare(budgets, epoch), rooms.get(Meter.TOKENS), rooms.get(Meter.REQUESTS)
+        )
+
+    def _room(self, name: BucketName) -> Headroom:
+        """Return what all plans with a bucket know of it: of as many as there are learned limits at most."""
+        return self._rooms.setdefault(name, Headroom())
 
     def _on(self, scope: Scope, model: str) -> list[Budget]:
-        """Return what limits calls of a model on one scope: tokens first, all models first."""
+        """Return what limits calls of a model on one scope: tokens first, all models first, ours first."""
         default = self.default(BucketName(scope))
         explicit = self._backend.on(scope)
         if not explicit:  # PERF: most users have no budget of their own
@@ -106,6 +188,9 @@ class Plans:
         }
         if default:
             binding.setdefault(default.name, default)
-        return sorted(
-            binding.values(), key=lambda budget: (budget.name.meter is not Meter.TOKENS, budget.name.model or "")
-        )
+        return sorted(binding.values(), key=_order)
+
+
+def _order(budget: Budget) -> tuple[bool, str, str]:
+    name = budget.name
+    return name.meter is not Meter.TOKENS, name.model or "", name.source or ""

@@ -14,6 +14,7 @@ from tokenguard.errors import (
     BodyTooLarge,
     BudgetNotFound,
     InvalidValue,
+    ProviderError,
     StaleHandle,
     StateUnwritable,
     TableBusy,
@@ -33,6 +34,7 @@ RETRY_WORTHWHILE_US = 60_000_000
 _JITTER_FROM_US = 1_000_000
 _JITTER = 0.1
 _OURS = "This is a TokenGuard budget, not a limit of the provider."
+_THEIRS = "This is the provider's own limit, which TokenGuard keeps calls within."
 
 
 def refuse(decision: Decision, jitter: float) -> Answer:
@@ -50,8 +52,8 @@ def refuse(decision: Decision, jitter: float) -> Answer:
     if _JITTER_FROM_US < wait_us < NEVER_US:
         wait_us = min(wait_us + int(wait_us * _JITTER * jitter), NEVER_US - 1)
     body = error_body(
-        f"{_what(binding, wait_us)} {_OURS}",
-        kind=binding.name.meter,
+        f"{_what(binding, wait_us)} {_OURS if binding.name.source is None else _THEIRS}",
+        kind=Meter.REQUESTS if binding.name.meter is Meter.GATE else binding.name.meter,
         code="rate_limit_exceeded",
         tokenguard={
             "scope": str(binding.name.scope),
@@ -61,7 +63,8 @@ def refuse(decision: Decision, jitter: float) -> Answer:
     )
     headers = [JSON, *_retry_headers(wait_us, worthwhile=decision.retry_after_us <= RETRY_WORTHWHILE_US)]
     for state in _tightest(decision, binding):
-        add_fields(headers, state.name.meter, state.limit, state.level, state.full_in_us)
+        if state.name.meter is not Meter.GATE:
+            add_fields(headers, state.name.meter, state.limit, state.level, state.full_in_us)
     return Answer(429, headers, body)
 
 
@@ -81,6 +84,8 @@ def error_answer(error: TokenGuardError) -> Answer:
         return problem(503, str(error), "service_unavailable_error", "overloaded", retry_after_s=1)
     if isinstance(error, UpstreamTimeout):
         return problem(504, str(error), "upstream_error", "upstream_timeout")
+    if isinstance(error, ProviderError):
+        return problem(502, f"{error}. Nothing was changed.", "upstream_error", "provider_error")
     if isinstance(error, UpstreamError):
         return problem(502, str(error), "upstream_error", "upstream_unreachable")
     if isinstance(error, BackendDown):  # its whole text names our own hosts
@@ -120,6 +125,11 @@ def problem(
 
 
 def _what(bucket: BucketState, wait_us: int) -> str:
+    if bucket.name.meter is Meter.GATE:
+        return (
+            f"The provider asked to wait: calls of {bucket.name.model} are held back. "
+            f"Please try again in {duration(wait_us)}."
+        )
     state = f"limit {bucket.limit}, remaining {bucket.remaining}, requested {bucket.cost}"
     if bucket.cost > bucket.limit:
         return f"Request too large for {bucket.name}: {state}. Waiting does not help: make the prompt shorter."
@@ -150,12 +160,13 @@ def _tightest(decision: Decision, binding: BucketState) -> list[BucketState]:
 
 
 def _bucket(state: BucketState) -> dict[str, object]:
-    ((kind, scope_id), meter, model), limit, level, cost, wait_us, _ = state
+    ((kind, scope_id), meter, model, source), limit, level, cost, wait_us, _ = state
     return {
         "scope": kind,
         "id": scope_id,
         "meter": meter,
         "model": model,
+        "source": source,
         "limit": limit,
         "remaining": max(0, level),
         "level": level,

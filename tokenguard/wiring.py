@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from tokenguard.api.call import Guard
 from tokenguard.api.health import Health
 from tokenguard.api.metrics import Exposition
 from tokenguard.api.openapi import Description
+from tokenguard.api.provider_limits import ProviderSync
 from tokenguard.api.wire import Resource, Tracing, add_error_handlers
 from tokenguard.backends import Backend
 from tokenguard.backends.memory import MemoryBackend
@@ -31,8 +33,14 @@ from tokenguard.limiter import Limiter
 from tokenguard.metrics import Metrics
 from tokenguard.model import Headers
 from tokenguard.plan import Plans
+from tokenguard.provider_limits import ProviderLimits
+from tokenguard.provider_limits.source import Account, ProviderSource
 from tokenguard.upstream import Hop, Upstream
 from tokenguard.upstream._pool import PooledUpstream
+
+
+PROVIDER_TIMEOUT_S = 10.0
+"""For the provider to tell its limits: whoever asked for them waits."""
 
 
 def environment() -> Mapping[str, str]:
@@ -142,6 +150,7 @@ class House:
     Attributes:
         config: The configuration.
         backend: Where the buckets live.
+        provider_limits: Heeds the provider's own limits; None if nobody does.
         guard: Guards calls.
         terms: What is the same for all exchanges.
 
@@ -156,6 +165,8 @@ class House:
         join(backend.table)
         self._plans = Plans(backend, config.defaults)
         self._metrics = Metrics(backend)
+        self._budgets = Budgets(backend, self._plans)
+        self.provider_limits = self._limits() if config.provider_limits else None
         self.terms = Terms(_credentials(config), Estimator(), config.ask_for_usage)
         self.guard = Guard(
             Limiter(backend, self._plans),
@@ -164,7 +175,42 @@ class House:
             logs.log_call if config.log_calls else None,
             config.max_body_bytes,
             config.caller_timeout_s,
+            self.provider_limits,
         )
+
+    def _limits(self) -> ProviderLimits:
+        config = self.config
+        account = Account(
+            config.openai_base_url, _credentials(config), config.openai_admin_key, config.openai_project
+        )
+        source = ProviderSource(account, PROVIDER_TIMEOUT_S)
+        return ProviderLimits(
+            self.backend, self._budgets, source, self._metrics.provider_told, config.sync_interval_s
+        )
+
+    def open(self) -> None:
+        """Begin what goes on beside the calls, in a process without an event loop."""
+        self.backend.open()
+        if self.provider_limits is not None:
+            self.provider_limits.start()
+
+    def close(self) -> None:
+        """End it."""
+        if self.provider_limits is not None:
+            self.provider_limits.stop()
+        self.backend.close()
+
+    async def start(self) -> None:
+        """Do what ``open`` does, for an event loop."""
+        await self.backend.start()
+        if self.provider_limits is not None:
+            self.provider_limits.start()
+
+    async def stop(self) -> None:
+        """Do what ``close`` does, likewise."""
+        if self.provider_limits is not None:
+            await asyncio.to_thread(self.provider_limits.stop)
+        await self.backend.stop()
 
     def furnish(
         self, app: falcon.App[Any, Any], over: Callable[[Resource], object], chat: object, models: object
@@ -183,12 +229,12 @@ class House:
         app.add_route("/v1/chat/completions", chat)
         app.add_route("/v1/models", models)
         app.add_route("/v1/models/{model:path}", models)
-        budgets = Budgets(self.backend, self._plans)
-        one = over(OneBudget(budgets))
-        app.add_route("/config/budget", over(BudgetList(budgets)))
+        one = over(OneBudget(self._budgets))
+        app.add_route("/config/budget", over(BudgetList(self._budgets)))
         app.add_route("/config/budget/{scope}", one)
         app.add_route("/config/budget/{scope}/{scope_id:path}", one)
-        app.add_route("/", over(Health(self.backend)))
+        app.add_route("/sync/openai-limits", over(ProviderSync(self.provider_limits)))
+        app.add_route("/", over(Health(self.backend, self.provider_limits)))
         app.add_route("/metrics", over(Exposition(self._metrics)))
         app.add_route("/openapi.json", over(Description()))
 

@@ -31,7 +31,7 @@ def create_app(
     """
     house = House(config, backend)
     upstream = upstream or SyncHttpxUpstream(provider(house.config))
-    atexit.register(house.backend.close)
+    atexit.register(house.close)
     app: falcon.App[Any, Any] = falcon.App()
     house.furnish(app, over_wsgi, WsgiChatCompletions(house.guard, upstream), WsgiModels(upstream, house.terms))
-    return GuardedWsgi(app, house.backend.open)
+    return GuardedWsgi(app, house.open)

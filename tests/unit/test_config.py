@@ -58,6 +58,8 @@ def test_empty_environment_gives_the_defaults():
         log_calls=False,
         log_json=False,
         fast_lane=True,
+        provider_limits=True,
+        sync_interval_s=300.0,
         openai_api_key=None,
         openai_organization=None,
         openai_project=None,
@@ -73,6 +75,9 @@ def test_every_setting_is_read():
             "OPENAI_BASE_URL": "http://localhost:8080/v1?api-version=2",
             "OPENAI_ORG_ID": "org-1",
             "OPENAI_PROJECT_ID": "proj-1",
+            "OPENAI_ADMIN_KEY": "sk-admin-1",
+            "TOKENGUARD_PROVIDER_LIMITS": "off",
+            "TOKENGUARD_SYNC_INTERVAL_S": "60",
             "CAP_GLOBAL": "1",
             "RATE_GLOBAL": "0",
             "CAP_TEAM": "1000000000",
@@ -142,6 +147,9 @@ def test_every_setting_is_read():
         log_calls=True,
         log_json=True,
         fast_lane=False,
+        provider_limits=False,
+        sync_interval_s=60.0,
+        openai_admin_key="sk-admin-1",
     )
 
 

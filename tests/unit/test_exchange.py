@@ -110,7 +110,7 @@ def test_call_asks_for_its_estimate():
 
     asked = call.begin([(b"x-team-id", b"red")])
 
-    assert asked == Ask(Identity("alice", team="red"), "gpt-4o", PROMPT_TOKENS, RESERVED)
+    assert asked == Ask(Identity("alice", team="red"), "gpt-4o", PROMPT_TOKENS, RESERVED, RESERVED)
     assert call.level == FULL
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"exchange", "provider_limits", "upstream", "config", "demo"},
     {"limiter", "budgets", "estimate", "providers", "refusal", "metrics", "logs", "_heads"},
     {"plan", "backends"},
-    {"_bucket", "_limit_fields", "arithmetic"},
+    {"_bucket", "_limit_fields", "arithmetic", "headroom"},
     {"model", "errors", "jsontext", "account", "_fields", "_version", ""},
 ]
 """The rooms of DESIGN section 3, from the roof down; "" is the package itself: its version, and public names."""
@@ -161,7 +161,13 @@ def test_environment_is_read_by_roots_alone(name):
     assert not asked or name in ROOTS, f"{name} reads {asked}"
 
 
-BY_THE_CLOCK = {"demo", "backends.keeper", "upstream.httpx_hop"}
+BY_THE_CLOCK = {
+    "demo",
+    "backends.keeper",
+    "provider_limits",
+    "provider_limits.background",
+    "upstream.httpx_hop",
+}
 """Lower rooms that do something now and then, or wait, on their own; they decide upon no bucket."""
 
 CLOCKS = {"time.time", "time.time_ns", "time.monotonic", "time.monotonic_ns", "datetime.now", "datetime.utcnow"}

@@ -379,7 +379,7 @@ def test_call_that_meets_changing_budgets_is_decided_under_the_last_one(changes)
     """A plan that turned stale is resolved anew, and the call is charged once."""
     limiter, house = restless(changes)
 
-    reserved = limiter.reserve(ALICE, MODEL, 0, 200, NOW_US)
+    reserved = limiter.reserve(ALICE, MODEL, 0, 200, now_us=NOW_US)
 
     assert isinstance(reserved, Reservation)
     assert [state.limit for state in reserved.decision.buckets] == [1000, 5000]
@@ -391,7 +391,7 @@ def test_budgets_that_never_rest_end_in_an_error_that_charges_nothing():
     limiter, house = restless(10**6)
 
     with pytest.raises(StaleHandle):
-        limiter.reserve(ALICE, MODEL, 0, 200, NOW_US)
+        limiter.reserve(ALICE, MODEL, 0, 200, now_us=NOW_US)
 
     assert house.levels()["user:alice on tokens"] == 5000
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.house import ALICE, MODEL, House, grant, named
 from tests.strategies import properties
-from tokenguard.model import SCOPE_KINDS, Budget, Identity, Meter
+from tokenguard.model import SCOPE_KINDS, SETTABLE_METERS, Budget, Identity, Meter
 from tokenguard.plan import MAX_PLANS, Plan
 
 EVERYBODY = {kind: grant(1000 * (5 - level)) for level, kind in enumerate(SCOPE_KINDS)}
@@ -118,7 +118,7 @@ def test_longest_path_fits_the_table():
     """Every level with every meter, for all models and for one, is one plan."""
     house = House(buckets=64)
     for scope in ("user:alice", "role:dev", "global", "rolegroup:staff", "team:red"):
-        for meter in Meter:
+        for meter in SETTABLE_METERS:
             for model in (None, MODEL):
                 house.set(scope, grant(10), meter, model)
 

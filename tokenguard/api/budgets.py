@@ -13,7 +13,7 @@ from tokenguard.api.wire import write_json
 from tokenguard.budgets import MAX_PAGE, Budgets, BudgetState, read_budget, read_name
 from tokenguard.errors import InvalidRequest
 from tokenguard.jsontext import read_object
-from tokenguard.model import BucketName
+from tokenguard.model import BucketName, Budget
 
 
 class BudgetList(AdminResource):
@@ -36,7 +36,7 @@ class BudgetList(AdminResource):
 
     def on_get(self, req: Request, resp: Response) -> None:
         """List explicit budgets, page by page."""
-        query = _query(req, "limit", "after")
+        query = query_of(req, "limit", "after")
         page, more = self._budgets.page(_after(query.get("after")), _limit(query.get("limit")))
         following = None if more is None else base64.urlsafe_b64encode(more).decode()
         data = [shown(state) for state in page]
@@ -44,7 +44,7 @@ class BudgetList(AdminResource):
 
 
 class OneBudget(AdminResource):
-    """``GET`` and ``DELETE /config/budget/{scope}/{id}``, with ``?meter=`` and ``?model=``.
+    """``GET`` and ``DELETE /config/budget/{scope}/{id}``, with ``?meter=``, ``?model=`` and ``?source=``.
 
     Args:
         budgets: The use cases.
@@ -66,26 +66,31 @@ class OneBudget(AdminResource):
 
 def shown(state: BudgetState) -> dict[str, Any]:
     """Return a budget as the API shows it."""
-    (scope, meter, model), scale = state.budget
-    rate = scale.rate
+    (scope, meter, model, source), scale = state.budget
     return {
         "scope": scope.kind,
         "id": scope.id,
         "meter": meter,
         "model": model,
         "capacity": scale.capacity,
-        "refillPerSec": rate.numerator if rate.denominator == 1 else float(rate),
+        "refillPerSec": rate_shown(state.budget),
         "maxDebt": scale.debt,
         "level": state.level,
-        "source": "explicit" if state.explicit else "default",
+        "source": source or ("explicit" if state.explicit else "default"),
     }
 
 
+def rate_shown(budget: Budget) -> float:
+    """Return the rate in effect, per second, as whole as it is."""
+    rate = budget.scale.rate
+    return rate.numerator if rate.denominator == 1 else float(rate)
+
+
 def _name(req: Request, scope: str, scope_id: str | None) -> BucketName:
-    return read_name({"scope": scope, "id": scope_id, **_query(req, "meter", "model")})
+    return read_name({"scope": scope, "id": scope_id, **query_of(req, "meter", "model", "source")})
 
 
-def _query(req: Request, *allowed: str) -> dict[str, str]:
+def query_of(req: Request, *allowed: str) -> dict[str, str]:
     """Return the query's parameters; one that is misspelled must not act on another budget than was meant."""
     for name in req.params:
         if name not in allowed:

@@ -4,9 +4,12 @@ cimport cpython.time as time
 cimport cython
 from tokenguard.account cimport Account
 from tokenguard.exchange cimport End, Exchange, Settlement, Terms
+from tokenguard.headroom cimport Pace
 from tokenguard.limiter cimport Limiter, Reservation
 from tokenguard.metrics cimport Metrics
 from tokenguard.model cimport Answer, Head
+
+cdef int TOO_MANY
 
 
 @cython.final
@@ -17,6 +20,8 @@ cdef class Guard:
     cdef readonly object log
     cdef readonly long long max_body_bytes
     cdef readonly double caller_timeout_s
+    cdef readonly object watch
+    cdef readonly Pace pace
 
 
 cdef class Call:
@@ -26,15 +31,21 @@ cdef class Call:
     cdef double _began_s
     cdef double _forwarded_s
     cdef bint _over
+    cdef bint _heard
 
     cpdef begin(self, headers, body)
     cpdef reserved(self, reserved)
-    @cython.locals(head=Head)
+    @cython.locals(head=Head, now_s=double)
     cpdef Head answered(self, int status, headers)
+    @cython.locals(exchange=Exchange)
+    cdef _heed(self)
+    cdef _lower(self, Reservation reservation, tuple deltas)
+    cdef _hear(self)
     @cython.locals(passed=bytes)
     cpdef bytes feed(self, bytes chunk)
     @cython.locals(end=End)
     cpdef Answer failed(self, error)
+    @cython.locals(rest=bytes)
     cpdef bytes finish(self)
     cpdef leave(self)
     cpdef over(self)
@@ -48,4 +59,5 @@ cdef class Call:
 cdef class CallSoon(Call):
     cdef readonly object settling
 
+    cdef _lower(self, Reservation reservation, tuple deltas)
     cdef _settle(self, Settlement settlement)

@@ -15,12 +15,16 @@ from tokenguard.exchange import End, Exchange, Settlement, Terms
 from tokenguard.limiter import Limiter, Reservation
 from tokenguard.metrics import Metrics
 from tokenguard.model import Answer, Decision, Head, Headers, UpstreamRequest, checked_name
+from tokenguard.provider_limits import ProviderLimits
 
 CALL = "tokenguard.call"
 """Where in the ASGI scope, or in the WSGI environment, a request's call is."""
 
 SETTLE_TRIES = 3
 """How often settling is tried while the buckets are locked; each try waits for a second."""
+
+TOO_MANY = 429
+"""The status by which the provider refuses a call."""
 
 _log = logging.getLogger("tokenguard")
 
@@ -40,6 +44,8 @@ class Guard:
         log: Is told of every call that is over; None to tell nobody.
         max_body_bytes: A longer body is refused with 413.
         caller_timeout_s: How long a caller may take to send, or to take, the next piece.
+        watch: Heeds what the provider tells of its own limits; None if nobody does.
+        pace: Counts, for it, what the provider answers.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class Guard:
         log: Callable[[Account], None] | None,
         max_body_bytes: int,
         caller_timeout_s: float,
+        watch: ProviderLimits | None = None,
     ) -> None:
         self.limiter = limiter
         self.terms = terms
@@ -57,6 +64,8 @@ class Guard:
         self.log = log
         self.max_body_bytes = max_body_bytes
         self.caller_timeout_s = caller_timeout_s
+        self.watch = watch
+        self.pace = None if watch is None else watch.pace
 
 
 class Call:
@@ -73,6 +82,7 @@ class Call:
         self._began_s = time.perf_counter()
         self._forwarded_s = 0.0
         self._over = False
+        self._heard = False
         guard.metrics.began()
 
     def begin(self, headers: Headers, body: bytes) -> UpstreamRequest | Answer:
@@ -80,8 +90,8 @@ class Call:
         asked = self.exchange.begin(headers, body)
         if isinstance(asked, Answer):
             return asked
-        identity, model, prompt, total = asked
-        return self.reserved(self._guard.limiter.reserve(identity, model, prompt, total))
+        identity, model, prompt, total, most = asked
+        return self.reserved(self._guard.limiter.reserve(identity, model, prompt, total, most))
 
     def reserved(self, reserved: Reservation | Decision) -> UpstreamRequest | Answer:
         """Take in what came of reserving; return what to forward, or the refusal."""
@@ -93,12 +103,43 @@ class Call:
 
     def answered(self, status: int, headers: Headers) -> Head:
         """Take in the head of the provider's answer; return the head to pass on."""
-        self.account.upstream_s = time.perf_counter() - self._forwarded_s
+        now_s = time.perf_counter()
+        self.account.upstream_s = now_s - self._forwarded_s
         head = self.exchange.answered(status, headers)
         self._guard.metrics.upstream_answered(self.account)
+        if self._guard.watch is not None:
+            if status < 300:
+                self._guard.pace.passed(self.account.model, now_s)
+                if self._guard.watch.alarmed:
+                    self._guard.watch.passed()
+            if self.exchange.told is not None or self.exchange.lowering is not None:
+                self._heed()
         if status in _TELLING:
             self._warn(f"the provider answered {status}: {_TELLING[status]}")
         return head
+
+    def _heed(self) -> None:
+        """Act upon what the provider told of its own limits."""
+        exchange, watch = self.exchange, self._guard.watch
+        if exchange.lowering is not None:
+            watch.lowered(self.account.model, exchange.lowering, exchange.reservation.plan)
+            self._lower(exchange.reservation, exchange.lowering)
+        if exchange.told is not None:
+            watch.told(self.account.model, exchange.told)
+
+    def _lower(self, reservation: Reservation, deltas: tuple[int, ...]) -> None:
+        """Lower our level of the provider's buckets."""
+        try:
+            self._guard.limiter.lower(reservation, deltas)
+        except TableBusy as error:
+            self._warn(f"{error}: a bucket stays fuller than the provider's")
+
+    def _hear(self) -> None:
+        """Act upon the provider's 429, of which there is nothing more to come."""
+        told = self.exchange.told
+        if self._guard.watch is not None and told is not None and not self._heard:
+            self._heard = True
+            self._guard.watch.refused(self.account.model, told, self.exchange.refusal)
 
     def feed(self, chunk: bytes) -> bytes:
         """Take in a piece of the provider's body; return what to pass on, which may be nothing.
@@ -125,7 +166,10 @@ class Call:
         Raises:
             UpstreamError: It has not come to its end.
         """
-        return self._end(self.exchange.finish())
+        rest = self._end(self.exchange.finish())
+        if self.account.upstream_status == TOO_MANY:
+            self._hear()
+        return rest
 
     def leave(self) -> None:
         """Settle a call that the caller left, if it is not settled."""
@@ -137,6 +181,8 @@ class Call:
             return
         self._over = True
         self.leave()
+        if self.account.upstream_status == TOO_MANY:
+            self._hear()
         self.account.seconds = time.perf_counter() - self._began_s
         self._guard.metrics.ended(self.account)
         if self._guard.log is not None:
@@ -191,6 +237,13 @@ class CallSoon(Call):
             Call._settle(self, settlement)  # noqa: SLF001 - of its own base; compiled, super() finds no C
         else:
             self._settle_soon(settlement, settlement.tokens)
+
+    def _lower(self, reservation: Reservation, deltas: tuple[int, ...]) -> None:
+        """Lower our level of the provider's buckets; it goes on by itself where that takes a while."""
+        if self._guard.limiter.waits:
+            self._guard.limiter.lower_soon(reservation, deltas)
+        else:
+            Call._lower(self, reservation, deltas)  # noqa: SLF001 - as above
 
     def _settle_soon(self, settlement: Settlement, tokens: int) -> None:
         def settled(settling: asyncio.Future[int]) -> None:

@@ -10,6 +10,7 @@ from tokenguard._version import __version__
 from tokenguard.api.wire import Resource, write_json
 from tokenguard.backends import Backend
 from tokenguard.backends.workers import living
+from tokenguard.provider_limits import ProviderLimits
 
 
 class Health(Resource):
@@ -17,15 +18,19 @@ class Health(Resource):
 
     Args:
         backend: Where the buckets live.
+        limits: What is known of the provider's own limits; None if nobody heeds them.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, limits: ProviderLimits | None = None) -> None:
         self._backend = backend
+        self._limits = limits
 
     def on_get(self, req: Request, resp: Response) -> None:
         """Tell what is running, and the time."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        trouble = self._backend.trouble()
+        limits = self._limits
+        found = (self._backend.trouble(), limits.trouble() if limits else None)
+        trouble = "; ".join(what for what in found if what is not None) or None
         state = {
             "name": "tokenguard",
             "version": __version__,
@@ -33,6 +38,7 @@ class Health(Resource):
             "backend": self._backend.describe(),
             "workers": len(living(self._backend.table)) or 1,
             **({} if trouble is None else {"trouble": trouble}),
+            **({} if limits is None else {"provider": limits.shown()}),
         }
         write_json(resp, 200, {**state, "time": now})
 

@@ -51,6 +51,18 @@ class Backend(Protocol):
     async def stop(self) -> None:
         """Let what is under way end, and close what is open."""
 
+    def claim(self, what: str, for_s: float, now_s: float) -> bool:
+        """Return whether it is for this process, of all that share the budgets, to do something now.
+
+        Args:
+            what: What.
+            for_s: How long nobody else is to do it.
+            now_s: The time since the epoch.
+
+        Raises:
+            BackendDown: Nobody can be asked.
+        """
+
     def refresh(self) -> None:
         """Know the budgets as they are now, whoever changed them.
 

@@ -42,6 +42,7 @@ class MemoryBackend:
         self._shared = shared
         self._lock = threading.Lock()
         self._known = NOTHING, 0
+        self._claimed: dict[bytes, int] = {}
         self._keeper = Keeper(table, self._budgets, file)
         self.changes_wait = self._keeper.keeps
         self.reserve = table.reserve  # PERF: no frame in between; row "Limiter" of test_bench_bucket
@@ -87,6 +88,18 @@ class MemoryBackend:
     async def stop(self) -> None:
         """Do what ``close`` does."""
         await asyncio.to_thread(self.close)
+
+    def claim(self, what: str, for_s: float, now_s: float) -> bool:
+        """Return whether it is for this process of the node to do something now."""
+        name = f"claimed\x1f{what}".encode()
+        with changing(self.table):
+            mine = self.table.tally(name)
+            claimed_s = max(self.table.tallies()[name])
+            if now_s - claimed_s < for_s:
+                return False
+            mine.add(int(now_s) - self._claimed.get(name, 0))
+            self._claimed[name] = int(now_s)
+            return True
 
     def refresh(self) -> None:
         """Know the budgets already."""

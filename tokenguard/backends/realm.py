@@ -56,6 +56,10 @@ class Realm:
         """Return the key of a lane's record."""
         return self._prefix + b"lane:" + lane.encode()
 
+    def claim_key(self, what: str) -> bytes:
+        """Return the key under which something is claimed."""
+        return self._prefix + b"claim:" + what.encode()
+
     def bucket_key(self, name: BucketName) -> bytes:
         """Return the key of a bucket."""
         return self._bucket_prefix + name.key

@@ -17,7 +17,7 @@ from tokenguard.backends.link import RedisLink
 from tokenguard.backends.outage import OwnHandle, Policy, Watch
 from tokenguard.backends.realm import Realm
 from tokenguard.backends.redis_url import RedisUrl
-from tokenguard.backends.scripts import CONFIGURE
+from tokenguard.backends.scripts import CLAIM, CONFIGURE
 from tokenguard.backends.workers import counted
 from tokenguard.errors import BackendDown, BudgetNotFound
 from tokenguard.model import BucketName, Budget
@@ -246,6 +246,23 @@ class RedisBackend:
     def peek(self, handle: RedisHandle, now_us: int | None = None) -> Outcome:
         """Do what ``peek_soon`` does, for a thread."""
         return self._thread.run(self.peek_soon(handle, now_us))
+
+    def claim(self, what: str, for_s: float, now_s: float) -> bool:  # noqa: ARG002 - Redis has a clock of its own
+        """Return whether it is for this process, of all nodes', to do something now.
+
+        Raises:
+            BackendDown: Redis is not to be had.
+        """
+
+        async def claim() -> bool:
+            lane = self._lane()
+            await lane.ready()
+            try:
+                return bool(await lane.run(CLAIM, (self._realm.claim_key(what),), (str(int(for_s * 1000)),)))
+            except LinkLost as error:
+                raise BackendDown("Whose turn it is cannot be told", str(error)) from None
+
+        return self._thread.run(claim())
 
     # --- budgets ----------------------------------------------------------------------------------------------
 

@@ -425,11 +425,11 @@ cdef class LaneCall(Receiver):
             if isinstance(asked, Answer):
                 self.answer(<Answer>asked)
                 return 0
-            identity, model, prompt, total = asked
+            identity, model, prompt, total, most = asked
             if self.lane.waits:
-                Steps(self.lane.limiter.reserve_soon(identity, model, prompt, total), self).go_on(None)
+                Steps(self.lane.limiter.reserve_soon(identity, model, prompt, total, most), self).go_on(None)
             else:
-                self.forward(self.lane.limiter.reserve(identity, model, prompt, total))
+                self.forward(self.lane.limiter.reserve(identity, model, prompt, total, most))
         except Exception as error:
             self.broke(error)
         return 0

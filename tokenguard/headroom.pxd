@@ -1,0 +1,30 @@
+"""The headroom in C."""
+
+cimport cython
+
+cdef long long _RISE
+cdef double PERIOD_S
+
+
+@cython.final
+cdef class Headroom:
+    cdef readonly bint known
+    cdef readonly long long moved
+    cdef long long _room
+
+    @cython.locals(room="long long")
+    cpdef long long told(self, long long remaining, long long level, long long moved) noexcept
+    @cython.locals(given="long long")
+    cpdef long long give(self, long long cost) noexcept
+
+
+@cython.final
+cdef class Pace:
+    cdef dict _models
+
+    @cython.locals(counts=list)
+    cpdef passed(self, model, double now_s)
+    @cython.locals(counts=list)
+    cpdef double last_s(self, model) except? -2
+    @cython.locals(counts=list, began_s=double, now=double, before=double, age_s=double)
+    cpdef double rate(self, model, double now_s) except? -2

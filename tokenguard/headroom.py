@@ -1,0 +1,96 @@
+"""How much more the provider would grant than we do: its own count of a bucket, beside ours.
+
+The provider counts a call when it comes in, by rules of its own, and tells in its answer what remains. Our bucket
+is charged what the call may count at most, before it is sent. What the provider told and what our level was then,
+at the same moment of the same call, are compared: the difference is the headroom. Below zero somebody else spends,
+or the call counted for more than it seemed, and our level is lowered; above zero calls are given back what they
+were charged too much, as far as the headroom goes. So our level follows the provider's, and is never above it for
+longer than an answer takes.
+"""
+
+from __future__ import annotations
+
+_RISE = 4
+"""The headroom is believed to have grown by one part in so many of what an answer tells; to have shrunk, at once."""
+
+PERIOD_S = 2.0
+"""Calls are counted for so long at a time."""
+MAX_MODELS = 1024
+"""Of so many models at most; who was first is forgotten first."""
+
+class Headroom:
+    """Of one bucket whose limit was learned from header fields, as one process knows it.
+
+    Attributes:
+        known: Whether the provider has told what remains.
+        moved: How many tokens our level has been raised by on the provider's word, in all; lowering counts below
+            zero. What a reservation saw before and what is seen after differ by this.
+    """
+
+    def __init__(self) -> None:
+        self.known = False
+        self.moved = 0
+        self._room = 0
+
+    def told(self, remaining: int, level: int, moved: int) -> int:
+        """Take in what remains; return by how many tokens our level must be lowered.
+
+        Args:
+            remaining: What the provider told, of the moment when it counted the call.
+            level: Our level right after the same call's reservation.
+            moved: What ``moved`` was then.
+        """
+        room = remaining - level - (self.moved - moved)
+        if room < 0:
+            self.moved += room
+            self._room = 0
+        elif self.known and room > self._room:
+            self._room += (room - self._room) // _RISE
+        else:
+            self._room = room
+        self.known = True
+        return -room if room < 0 else 0
+
+    def give(self, cost: int) -> int:
+        """Return how many of the tokens that a call was charged may be given back."""
+        given = cost if cost < self._room else self._room
+        self._room -= given
+        self.moved += given
+        return given
+
+
+class Pace:
+    """How many calls of each model the provider answers, in this process."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, list[float]] = {}
+
+    def passed(self, model: str, now_s: float) -> None:
+        """Count a call that was answered."""
+        counts = self._models.get(model)
+        if counts is None:
+            while len(self._models) >= MAX_MODELS:
+                self._models.pop(next(iter(self._models)), None)
+            counts = self._models[model] = [now_s, 0.0, 0.0, now_s]
+        if now_s - counts[0] >= PERIOD_S:
+            counts[2] = counts[1] if now_s - counts[0] < 2 * PERIOD_S else 0.0
+            counts[1] = 0.0
+            counts[0] = now_s
+        counts[1] += 1
+        counts[3] = now_s
+
+    def last_s(self, model: str) -> float:
+        """Return when a call was answered last; -1 if none was."""
+        counts = self._models.get(model)
+        return -1.0 if counts is None else counts[3]
+
+    def rate(self, model: str, now_s: float) -> float:
+        """Return how many calls a second were answered lately."""
+        counts = self._models.get(model)
+        if counts is None:
+            return 0.0
+        began_s, now, before = counts[0], counts[1], counts[2]
+        age_s = now_s - began_s
+        if age_s >= 2 * PERIOD_S:
+            return 0.0
+        return (now + before) / (age_s + PERIOD_S) if age_s < PERIOD_S else now / age_s

@@ -1,0 +1,277 @@
+"""The provider's own limits: learned, mirrored by budgets of ours, and obeyed.
+
+The header fields of every answer tell them, and the admin API if there is a key for it. What is learned is a budget of
+the global scope, for one model and meter, which binds beside those that are set by hand; see ``headroom`` for how the
+levels follow. A refusal of the provider's closes a gate, or raises an alarm.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from tokenguard._heads import Told as Head
+from tokenguard.backends import Backend
+from tokenguard.backends.workers import living
+from tokenguard.budgets import Budgets, BudgetState
+from tokenguard.errors import BackendDown, InvalidRequest, ProviderError, TokenGuardError
+from tokenguard.headroom import Pace
+from tokenguard.model import BucketName, Budget, Meter, Source, checked_name
+from tokenguard.plan import Plan
+from tokenguard.provider_limits.alarms import Alarms, Others
+from tokenguard.provider_limits.background import Background
+from tokenguard.provider_limits.gates import Gates
+from tokenguard.provider_limits.learned import Change, Learned, Told, window_of
+from tokenguard.provider_limits.source import ProviderSource
+from tokenguard.providers.limits import Kind, read_refusal
+
+SYNC = "provider limits"
+"""What a process claims that asks the admin API for all."""
+
+SWEEP_S = 30.0
+"""How often what others left behind is looked for."""
+
+_JITTER = 0.1
+_log = logging.getLogger("tokenguard")
+
+
+class Entry(NamedTuple):
+    """One learned limit, as a sync tells it.
+
+    Attributes:
+        state: The budget and its level; None if it has been, or would be, removed.
+        change: What was, or would be, changed; None for nothing.
+        age_s: How long ago the provider told it; None if this process does not know.
+    """
+
+    state: BudgetState | None
+    change: Change | None
+    age_s: float | None
+
+    @property
+    def name(self) -> BucketName:
+        """Whose limit it is."""
+        if self.state is not None:
+            return self.state.budget.name
+        assert self.change is not None  # noqa: S101 - there is one of the two
+        return self.change.name
+
+
+class ProviderLimits:
+    """What is known of the provider's limits, and what follows.
+
+    Args:
+        backend: Where buckets and budgets live.
+        budgets: The use cases of budgets.
+        source: Asks the provider.
+        count: Is told what happened to what the provider tells, in one word.
+        interval_s: How often the admin API is asked, if there is a key for it.
+
+    Attributes:
+        pace: How fast calls are answered.
+        alarmed: Whether an answered call has to be told of, by ``passed``.
+    """
+
+    def __init__(
+        self, backend: Backend, budgets: Budgets, source: ProviderSource, count: Callable[[str], None], interval_s: float
+    ) -> None:
+        self.pace = Pace()
+        self._backend = backend
+        self._budgets = budgets
+        self._source = source
+        self._count = count
+        self._interval_s = interval_s
+        self._background = Background()
+        self._learned = Learned(backend, budgets, count)
+        self._gates = Gates(budgets, self.pace, self._background, self._carry_out, self._processes)
+        self._alarms = Alarms(backend.table)
+        self._others = Others(backend.table)
+        self._read_s: float | None = None
+        self._failure: str | None = None
+
+    def start(self) -> None:
+        """Begin to ask the admin API now and then, and to look for what others left behind."""
+        self._background.after(0.0, self._sweep)
+        if self._source.has_admin:
+            self._background.after(random.random(), self._refresh)  # noqa: S311 - so that not all ask at once
+
+    def stop(self) -> None:
+        """Do nothing more."""
+        self._background.stop()
+
+    # --- what calls tell --------------------------------------------------------------------------------------
+
+    @property
+    def alarmed(self) -> bool:
+        """See the class."""
+        return self._alarms.raised
+
+    def passed(self) -> None:
+        """A call has been answered."""
+        self._alarms.clear()
+
+    def told(self, model: str, head: Head) -> None:
+        """Take in what an answer tells of limits that is new, or cannot be used."""
+        if head.limits != _USABLE:
+            self._count("unusable" if head.limits else "missing")
+            return
+        now_s = time.perf_counter()
+        for meter, limit, left in (
+            (Meter.TOKENS, head.tokens_limit, head.tokens_left),
+            (Meter.REQUESTS, head.requests_limit, head.requests_left),
+        ):
+            if limit > 0:
+                told = Told(limit, left, head.reset(meter is Meter.TOKENS))
+                change = self._learned.hear(model, meter, told, now_s)
+                if change is not None:
+                    self._carry_out(lambda change=change: self._apply(change))
+
+    def lowered(self, model: str, deltas: tuple[int, ...], plan: Plan) -> None:
+        """Take in by how much the buckets of a call had to be lowered."""
+        self._count("lowered")
+        if plan.tokens_at >= 0 and deltas[plan.tokens_at] > 0:
+            self._others.spent(model, deltas[plan.tokens_at], plan.limit_at(plan.tokens_at), time.perf_counter())
+
+    def refused(self, model: str, head: Head, body: bytes) -> None:
+        """Heed a 429 of the provider."""
+        in_ms, in_s = head.values(b"retry-after-ms"), head.values(b"retry-after")
+        refusal = read_refusal(body, in_ms, in_s, time.time())
+        self._count(f"refused-{refusal.kind.value}")
+        if refusal.kind is Kind.PAY:
+            self._alarms.raise_(refusal.code, int(time.time()))
+        elif refusal.kind is Kind.WAIT:
+            self._gates.close(model, refusal.wait_s, refusal.code or "429", time.perf_counter())
+
+    def _carry_out(self, work: Callable[[], None]) -> None:
+        """Change budgets: at once, or beside the calls if that takes a while."""
+        if self._budgets.waits:
+            self._background.soon(work)
+        else:
+            work()
+
+    def _apply(self, change: Change) -> None:
+        try:
+            self._learned.apply(change)
+        except TokenGuardError as error:
+            _log.warning("the provider's limit for %s is not kept: %s", change.name, error)
+
+    def _processes(self) -> int:
+        return len(living(self._backend.table)) or 1
+
+    # --- what the provider is asked ---------------------------------------------------------------------------
+
+    def sync(self, *, dry_run: bool = False, probe: str | None = None) -> list[Entry]:
+        """Read the limits now, and apply them.
+
+        Args:
+            dry_run: Only tell what would change.
+            probe: A model to make the smallest call of, to see what its answer tells.
+
+        Returns:
+            All limits, in the order of their models.
+
+        Raises:
+            ProviderError: The provider did not tell them; nothing was changed.
+            BackendDown: The budgets cannot be reached.
+            InvalidRequest: ``probe`` cannot be the name of a model.
+        """
+        changes = list(self._learned.heard())
+        if self._source.has_admin:
+            changes += self._read()
+        if probe is not None:
+            changes += self._probed(checked_name("probe", probe))
+        if not dry_run:
+            for change in changes:
+                self._learned.apply(change)
+        return self._entries({change.name: change for change in changes}, dry_run=dry_run)
+
+    def _read(self) -> list[Change]:
+        try:
+            changes = list(self._learned.read(self._source.read()))
+        except InvalidRequest as error:
+            raise ProviderError(f"the provider tells limits that cannot be used: {error}") from None
+        self._read_s = time.perf_counter()
+        return changes
+
+    def _probed(self, model: str) -> list[Change]:
+        head = Head(self._source.probe(model))
+        if head.limits != _USABLE:
+            raise ProviderError(f"the provider's answer for {model} tells no limits that can be used")
+        changes = []
+        for meter, limit, left in (
+            (Meter.TOKENS, head.tokens_limit, head.tokens_left),
+            (Meter.REQUESTS, head.requests_limit, head.requests_left),
+        ):
+            if limit > 0:
+                changes += self._learned.probed(model, meter, Told(limit, left, head.reset(meter is Meter.TOKENS)))
+        return changes
+
+    def _entries(self, changes: dict[BucketName, Change], *, dry_run: bool) -> list[Entry]:
+        states = {state.budget.name: state for state in self._learned.states()}
+        if dry_run:
+            for change in changes.values():
+                if change.after is None:
+                    states.pop(change.name, None)
+                else:
+                    level = change.after.scale.capacity if change.level is None else change.level
+                    known = states.get(change.name)
+                    states[change.name] = BudgetState(change.after, True, level if known is None else known.level)
+        names = sorted({*states, *changes}, key=lambda name: (name.model or "", name.key))
+        return [
+            Entry(states.get(name), changes.get(name), self._age_s(name))
+            for name in names
+            if name.meter is not Meter.GATE
+        ]
+
+    def _age_s(self, name: BucketName) -> float | None:
+        now_s = time.perf_counter()
+        if name.source is Source.HEADERS:
+            told_s = self.pace.last_s(name.model)
+            return None if told_s < 0 else now_s - told_s
+        return None if self._read_s is None else now_s - self._read_s
+
+    def _refresh(self) -> None:
+        """Ask the admin API, unless somebody else who shares the budgets has just done so."""
+        self._background.after(self._interval_s * (1 - _JITTER + 2 * _JITTER * random.random()), self._refresh)  # noqa: S311 - likewise
+        try:
+            if not self._backend.claim(SYNC, self._interval_s * (1 - 2 * _JITTER), time.time()):
+                return
+            for change in self._read():
+                self._learned.apply(change)
+        except TokenGuardError as error:
+            if self._failure is None:
+                _log.warning("the provider's limits are not refreshed: %s", error)
+            self._failure = str(error)
+        else:
+            if self._failure is not None:
+                _log.warning("the provider's limits can be read again")
+            self._failure = None
+
+    def _sweep(self) -> None:
+        self._background.after(SWEEP_S, self._sweep)
+        self._gates.sweep([name for name in self._learned.current() if name.meter is Meter.GATE])
+        self._others.look(time.perf_counter())
+
+    # --- what is told of all that -----------------------------------------------------------------------------
+
+    def trouble(self) -> str | None:
+        """Return what the operator has to see to, if anything."""
+        codes = self._alarms.standing(int(time.time()))
+        return f"the provider refuses calls until somebody sees to the account: {', '.join(codes)}" if codes else None
+
+    def shown(self) -> dict[str, object]:
+        """Return how things are with the provider, for ``GET /``."""
+        gates = sorted(name.model or "" for name in self._learned.current() if name.meter is Meter.GATE)
+        others = self._others.look(time.perf_counter())
+        told = {
+            "alarms": self._alarms.standing(int(time.time())),
+            "heldBack": gates,
+            "othersTokensPerMinute": others,
+        }
+        return {**told, **({} if self._failure is None else {"notRefreshed": self._failure})}
+
+
+_USABLE = 1

@@ -1,0 +1,152 @@
+"""What the operator has to be told of the provider: that it wants to be paid, and that somebody else spends."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+
+from tokenguard._bucket import BucketTable, Tally
+from tokenguard.backends.workers import living
+from tokenguard.providers.limits import QUOTA_CODES
+
+STALE_S = 300
+"""An alarm that nothing confirms ends by itself after so long."""
+
+OTHERS = b"provider_others_tokens_per_minute"
+"""The tally of each process's part in what others spend."""
+
+_log = logging.getLogger("tokenguard")
+
+
+class Alarms:
+    """The provider refuses calls until somebody pays, or raises a limit of the account's.
+
+    Each process keeps in the node's table when it was told so last: 0 if not since a call was answered.
+
+    Args:
+        table: The table.
+
+    Attributes:
+        raised: Whether this process has been told so, and no call has been answered since.
+    """
+
+    def __init__(self, table: BucketTable) -> None:
+        self._table = table
+        self._lock = threading.Lock()
+        self._tallies: dict[str, Tally] = {}
+        self._told_s: dict[str, int] = {}
+        self.raised = False
+
+    def raise_(self, code: str, now_s: int) -> None:
+        """The provider has said so; ``now_s`` is the time since the epoch."""
+        if code not in QUOTA_CODES:
+            code = "insufficient_quota"
+        with self._lock:
+            new = not self.standing(now_s)
+            self._set(code, now_s)
+            self.raised = True
+        if new:
+            _log.error("the provider refuses calls until somebody sees to the account: %s", code)
+
+    def clear(self) -> None:
+        """A call has been answered."""
+        with self._lock:
+            if not self.raised:
+                return
+            self.raised = False
+            for code in self._told_s:
+                self._set(code, 0)
+        _log.warning("the provider answers calls again")
+
+    def _set(self, code: str, told_s: int) -> None:
+        if code not in self._tallies:
+            self._tallies[code] = self._table.tally(_name(code))
+        self._tallies[code].add(told_s - self._told_s.get(code, 0))
+        self._told_s[code] = told_s
+
+    def standing(self, now_s: int) -> list[str]:
+        """Return the codes that a process of the node was told lately."""
+        alive = set(living(self._table)) or {0}
+        tallies = self._table.tallies()
+        return [
+            code
+            for code in sorted(QUOTA_CODES)
+            if any(
+                now_s - told_s < STALE_S for row, told_s in enumerate(tallies.get(_name(code), ())) if row in alive
+            )
+        ]
+
+
+def _name(code: str) -> bytes:
+    return b"provider_alarm\x1f" + code.encode()
+
+
+class Others:
+    """Somebody else spends what the key is granted: less remains than is left of what went through here.
+
+    Args:
+        table: The node's table.
+    """
+
+    AVERAGED_S = 60.0
+    NOTABLE_TOKENS_PER_MINUTE = 1000.0
+    NOTABLE_PART = 0.05
+    LASTING_S = 20.0
+
+    def __init__(self, table: BucketTable) -> None:
+        self._tally = table.tally(OTHERS)
+        self._shown = 0
+        self._lock = threading.Lock()
+        self._models: dict[str, _Spending] = {}
+
+    def spent(self, model: str, tokens: int, limit: int, now_s: float) -> None:
+        """Take in that so many tokens were spent beside us; ``now_s`` is by a clock that is never set."""
+        with self._lock:
+            spending = self._models.get(model)
+            if spending is None:
+                if len(self._models) >= MAX_MODELS:
+                    self._models.clear()
+                spending = self._models[model] = _Spending(now_s)
+            spending.add(tokens, now_s, self.AVERAGED_S)
+            notable = max(self.NOTABLE_TOKENS_PER_MINUTE, self.NOTABLE_PART * limit)
+            if not spending.told and spending.rate >= notable and now_s - spending.began_s >= self.LASTING_S:
+                spending.told = True
+                _log.warning(
+                    "somebody else uses the provider's key: of %s about %d tokens per minute are spent beside what "
+                    "goes through here",
+                    model,
+                    spending.rate,
+                )
+        self.look(now_s)
+
+    def look(self, now_s: float) -> dict[str, int]:
+        """Return the models of which others spend a notable amount, and about how many tokens per minute."""
+        with self._lock:
+            for model, spending in list(self._models.items()):
+                spending.add(0, now_s, self.AVERAGED_S)
+                if spending.rate < self.NOTABLE_TOKENS_PER_MINUTE / 100:
+                    del self._models[model]
+            shown = round(sum(spending.rate for spending in self._models.values() if spending.told))
+            self._tally.add(shown - self._shown)
+            self._shown = shown
+            return {model: round(spending.rate) for model, spending in self._models.items() if spending.told}
+
+
+MAX_MODELS = 256
+
+
+class _Spending:
+    """Tokens per minute, averaged so that what is long past counts less and less."""
+
+    def __init__(self, now_s: float) -> None:
+        self.began_s = now_s
+        self.rate = 0.0
+        self.told = False
+        self._at_s = now_s
+
+    def add(self, tokens: int, now_s: float, averaged_s: float) -> None:
+        """Take in what was spent just now."""
+        self.rate *= math.exp(-(now_s - self._at_s) / averaged_s)
+        self.rate += tokens * 60 / averaged_s
+        self._at_s = now_s

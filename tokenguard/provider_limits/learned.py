@@ -1,0 +1,232 @@
+"""Makes budgets of what the provider tells of its limits, and changes them when it tells something else for long."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
+from typing import NamedTuple
+
+from tokenguard import arithmetic
+from tokenguard.backends import Backend
+from tokenguard.budgets import Budgets, BudgetState
+from tokenguard.errors import BudgetNotFound, InvalidValue
+from tokenguard.model import GLOBAL, GLOBAL_ID, BucketName, Budget, Meter, Scope, Source, checked_name
+from tokenguard.providers.limits import DAY_S, MINUTE_S, AdminLimit, window_s
+
+MAX_LEARNED = 2048
+"""So many budgets are learned at most."""
+
+AGREEING = 3
+"""So many answers in a row must tell another limit before it is believed."""
+
+STEADY_S = 10.0
+"""How long a limit that was believed stands at least."""
+
+SCOPE = Scope(GLOBAL, GLOBAL_ID)
+
+
+class Told(NamedTuple):
+    """A limit as header fields tell it.
+
+    Attributes:
+        limit: The most that the provider's bucket holds.
+        remaining: What it holds.
+        reset: When it is full, as the provider words it.
+    """
+
+    limit: int
+    remaining: int
+    reset: bytes
+
+
+class Change(NamedTuple):
+    """What is to become of a learned budget.
+
+    Attributes:
+        name: Whose.
+        before: As it is; None if there is none.
+        after: As it is to be; None to remove it.
+        level: What its bucket is to hold; None to leave what was used used.
+    """
+
+    name: BucketName
+    before: Budget | None
+    after: Budget | None
+    level: int | None = None
+
+
+class _Doubt(NamedTuple):
+    told: tuple[int, int]
+    times: int
+
+
+class Learned:
+    """The budgets that were learned.
+
+    Args:
+        backend: Where they live.
+        budgets: The use cases of budgets.
+        count: Is told how many times something happened to what the provider tells.
+    """
+
+    def __init__(self, backend: Backend, budgets: Budgets, count: Callable[[str], None]) -> None:
+        self._backend = backend
+        self._budgets = budgets
+        self._count = count
+        self._lock = threading.Lock()
+        self._doubts: dict[BucketName, _Doubt] = {}
+        self._believed_s: dict[BucketName, float] = {}
+        self._latest: dict[BucketName, tuple[int, int]] = {}
+
+    def current(self) -> dict[BucketName, Budget]:
+        """Return the budgets that were learned, as this process knows them, and the gates."""
+        return {budget.name: budget for budget in self._backend.on(SCOPE) if budget.name.source is not None}
+
+    def hear(self, model: str, meter: Meter, told: Told, now_s: float) -> Change | None:
+        """Take in what an answer tells of a limit; return what is to change, if anything is.
+
+        Args:
+            model: The model that answered.
+            meter: What the limit is on.
+            told: What the answer tells.
+            now_s: The time, by a clock that is never set.
+        """
+        name = BucketName(SCOPE, meter, model, Source.HEADERS)
+        before = self._find(name)
+        if before is not None and before.scale.capacity == told.limit:
+            self._doubts.pop(name, None)
+            return None
+        window = window_s(*told)
+        if window is None:
+            self._count("unclear")
+            return None
+        with self._lock:
+            return self._change(name, before, told, window, now_s)
+
+    def _change(self, name: BucketName, before: Budget | None, told: Told, window: int, now_s: float) -> Change | None:
+        pace = (told.limit, window)
+        _keep(self._latest, name, pace)
+        if before is None:
+            if now_s - self._believed_s.get(name, -STEADY_S) < 1 or len(self.current()) >= MAX_LEARNED:
+                return None  # it is being set, or there is no room
+        else:
+            doubt = self._doubts.get(name)
+            times = doubt.times + 1 if doubt is not None and doubt.told == pace else 1
+            if doubt is not None and doubt.told != pace:
+                self._count("flapping")
+            _keep(self._doubts, name, _Doubt(pace, times))
+            if times < AGREEING or now_s - self._believed_s.get(name, -STEADY_S) < STEADY_S:
+                return None
+        self._doubts.pop(name, None)
+        return self._believe(name, before, pace, told.remaining, now_s)
+
+    def _believe(
+        self, name: BucketName, before: Budget | None, pace: tuple[int, int], remaining: int, now_s: float
+    ) -> Change | None:
+        after = _budget(name, *pace)
+        if after is None:
+            self._count("unusable")
+            return None
+        _keep(self._believed_s, name, now_s)
+        self._count("learned" if before is None else "changed")
+        return Change(name, before, after, min(remaining, pace[0]) if before is None else None)
+
+    def heard(self) -> Iterator[Change]:
+        """Yield what is to change for all that was heard last to be believed at once."""
+        for name, pace in list(self._latest.items()):
+            before, after = self._find(name), _budget(name, *pace)
+            if after is not None and before is not None and before.scale != after.scale:
+                yield Change(name, before, after)
+
+    def probed(self, model: str, meter: Meter, told: Told) -> Iterator[Change]:
+        """Yield what is to change for what a probe's answer tells to be believed at once."""
+        name = BucketName(SCOPE, meter, model, Source.HEADERS)
+        before, window = self._find(name), window_s(*told)
+        if window is None:
+            self._count("unclear")
+            return
+        after = _budget(name, told.limit, window)
+        if after is not None and (before is None or before.scale != after.scale):
+            yield Change(name, before, after, min(told.remaining, told.limit) if before is None else None)
+
+    def read(self, limits: Iterable[AdminLimit]) -> Iterator[Change]:
+        """Yield what is to change for the budgets to be what the admin API tells.
+
+        Raises:
+            InvalidValue: It tells what no budget can be.
+        """
+        wanted: dict[BucketName, Budget] = {}
+        for limit in limits:
+            source = Source.ADMIN if limit.window_s == MINUTE_S else Source.ADMIN_DAILY
+            name = BucketName(SCOPE, Meter(limit.meter), checked_name("model", limit.model), source)
+            if (budget := _budget(name, limit.limit, limit.window_s)) is not None:
+                wanted[name] = budget
+        current = self.current()
+        for name, budget in list(wanted.items())[:MAX_LEARNED]:
+            before = current.get(name)
+            if before is None or before.scale != budget.scale:
+                yield Change(name, before, budget)
+        for name, budget in current.items():
+            if name.source in (Source.ADMIN, Source.ADMIN_DAILY) and name not in wanted:
+                yield Change(name, budget, None)
+
+    def apply(self, change: Change) -> None:
+        """Carry out a change. A level is lowered at most, never raised.
+
+        Raises:
+            TokenGuardError: It could not be.
+        """
+        name, before, after, level = change
+        if after is None:
+            self._remove(name)
+            return
+        if before is not None and before.scale.capacity < after.scale.capacity:
+            try:
+                level = min(self._budgets.get(name).level, after.scale.capacity)
+            except BudgetNotFound:
+                pass
+        self._budgets.put(after, level)
+
+    def _remove(self, name: BucketName) -> None:
+        try:
+            self._budgets.delete(name)
+        except BudgetNotFound:
+            pass  # it is what was wanted
+
+    def states(self) -> list[BudgetState]:
+        """Return the budgets that were learned, with their levels.
+
+        Raises:
+            BackendDown: They cannot be reached.
+        """
+        return self._budgets.learned()
+
+    def _find(self, name: BucketName) -> Budget | None:
+        return next((budget for budget in self._backend.on(SCOPE) if budget.name == name), None)
+
+
+def _keep(into: dict[BucketName, object], name: BucketName, value: object) -> None:
+    """Remember something of a budget, of not more of them than can be learned."""
+    into.pop(name, None)
+    while len(into) >= MAX_LEARNED:
+        into.pop(next(iter(into)), None)
+    into[name] = value
+
+
+def _budget(name: BucketName, limit: int, span_s: int) -> Budget | None:
+    """Return the budget that a limit makes; None if it is beyond what can be counted."""
+    try:
+        return Budget(name, arithmetic.scale(limit, Fraction(limit, span_s), arithmetic.DEFAULT_DEBT * limit))
+    except InvalidValue:
+        return None
+
+
+def per_minute(budget: Budget) -> float:
+    """Return how much of a budget flows in per minute."""
+    return float(budget.scale.rate * MINUTE_S)
+
+
+def window_of(budget: Budget) -> int:
+    """Return in what time an empty bucket fills, in seconds."""
+    return DAY_S if budget.name.source is Source.ADMIN_DAILY else round(budget.scale.capacity / budget.scale.rate)
