@@ -1,6 +1,7 @@
 """One 429 of the provider's, and three nodes on one Redis that are to obey it: part of ``provider_limits``."""
 
 import asyncio
+import random
 import statistics
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from tests.redis_servers import RedisServer
 MODEL, OTHER = "gpt-4o", "gpt-4o-mini"
 OTHERS = 6
 """Callers of the other model."""
-WARM_S = 2
+WARM_S = 4
 AFTER_S = 5
 """How long it is watched after it has opened again."""
 
@@ -67,14 +68,15 @@ async def caller(number, model, ports, pause_s, until_s):
     """Call one node again and again, whatever it answers; return the calls."""
     node, callers, seen = number % len(ports), Callers(), []
     body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 20}
-    await asyncio.sleep(pause_s * number / OTHERS % pause_s)
+    rng = random.Random(number)
+    await asyncio.sleep(rng.uniform(0, pause_s))
     while (began_s := time.monotonic()) < until_s:
         request_id = f"{node}-{model}-{number}-{len(seen)}"
         answer = await callers.call(ports[node], f"user-{number}", body, request_id)
         status = answer.status if answer else 0
         reason = why(answer) if status == 429 else ""
         seen.append(Called(node, model, request_id, began_s, time.monotonic(), status, reason))
-        await asyncio.sleep(pause_s)
+        await asyncio.sleep(rng.uniform(0.5, 1.5) * pause_s)
     callers.close()
     return seen
 

@@ -317,9 +317,12 @@ def administered(behind_limits):
 
 
 @pytest.fixture(scope="session", params=KINDS)
-def guard(request, start_kind, administered):
+def guard(request, start_kind, administered, _limited_server):
     """A server of each kind that faces that upstream."""
+    fake, _ = _limited_server
+    asked = len(fake.admin_at_s)
     with start_kind(request.param, **administered, TOKENGUARD_READ_TIMEOUT_S=5) as server:
+        until(lambda: len(fake.admin_at_s) > asked, "it does not ask for the limits when it starts")
         yield server
 
 

@@ -200,7 +200,9 @@ def test_each_key_goes_where_it_belongs(guard, provider, model):
     provider.rows = [admin_row(model, 600, 30_000)]
     ask(guard, model)
     ask(guard, model, stream=True)
-    sync(guard, probe=next(other_models))
+    probed = next(other_models)
+    provider.limits[probed] = Limits(Limit(600), Limit(30_000))
+    sync(guard, probe=probed)
     guard.get("/v1/models")
     assert provider.credentials("/v1/organization") == {f"Bearer {ADMIN_KEY}"}
     assert provider.credentials("/v1/chat") == provider.credentials("/v1/models") == {f"Bearer {OUR_KEY}"}
