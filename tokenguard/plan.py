@@ -47,7 +47,7 @@ class Plan:
         self.requests_room = requests_room
         self.tokens_at = _place(self.budgets, Meter.TOKENS)
         self.requests_at = _place(self.budgets, Meter.REQUESTS)
-        self._limits = [budget.scale.capacity for budget in self.budgets]
+        self._limits = [budget.scale.capacity if _is_brisk(budget.scale) else 0 for budget in self.budgets]
         self._counts = tuple([_count(budget.name) for budget in self.budgets])
         self._theirs = _THEIRS in self._counts
         self._small = min(
@@ -56,7 +56,7 @@ class Plan:
         )
 
     def limit_at(self, place: int) -> int:
-        """Return the capacity of one of the buckets; 0 for none, at -1."""
+        """Return the capacity of one of the buckets; 0 for none, at -1, and for what is still to be looked at."""
         return 0 if place < 0 else self._limits[place]
 
     def costs(self, prompt: int, total: int, most: int | None = None) -> tuple[int, ...]:
@@ -110,6 +110,11 @@ class Plan:
                 delta = -min(given, costs[i])
             deltas.append(delta)
         return tuple(deltas)
+
+
+def _is_brisk(scale: Scale) -> bool:
+    """Return whether a bucket fills in less than an hour: who took a minute for a day would be far too strict."""
+    return scale.rate * 3600 > scale.capacity
 
 
 def _place(budgets: tuple[Budget, ...], meter: Meter) -> int:

@@ -17,8 +17,8 @@ MESSAGES = [{"role": "user", "content": "Say hello"}]
 CAPACITY = 10**6
 
 
-def chat(client, **more):
-    return client.chat.completions.create(model="gpt-4o-mini", messages=MESSAGES, **more)
+def chat(client, model="gpt-4o-mini", **more):
+    return client.chat.completions.create(model=model, messages=MESSAGES, **more)
 
 
 def test_completion_comes_back_and_its_usage_is_charged(server, fake, user):
@@ -173,7 +173,7 @@ def test_refusal_shows_every_scope_and_touches_none(server, fake, user):
     server.set_budget("user", user, 100, level=5)
     client = server.client(user, **{"x-team-id": f"team-of-{user}"})
     with pytest.raises(openai.RateLimitError) as refusal:
-        chat(client)
+        chat(client, model=f"model-of-{user}")  # whose limits nobody has learned
     states = json.loads(refusal.value.response.text)["tokenguard"]
     assert states["scope"] == f"user:{user}"
     assert [(bucket["scope"], bucket["allowed"]) for bucket in states["buckets"]] == [
@@ -314,7 +314,7 @@ def test_providers_error_passes_and_costs_the_request_only(server, fake, user, s
     fake.script = script
     server.set_budget("user", user, 10, meter="requests")
     with pytest.raises(openai.APIStatusError) as raised:
-        chat(server.client(user))
+        chat(server.client(user), model=f"model-of-{user}")  # which a 429 holds back
     assert raised.value.status_code == status
     assert raised.value.response.json() == error
     assert raised.value.response.headers["retry-after"] == "7"

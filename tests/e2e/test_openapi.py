@@ -39,8 +39,8 @@ def with_any_ids():
 
 
 SCHEMAS = {GenerationMode.POSITIVE: DESCRIPTION, GenerationMode.NEGATIVE: with_any_ids()}
-RELATED = ("level", "maxDebt", "refillPerSec")
-"""Fields whose bounds depend on another's, which a schema cannot tell."""
+RELATED = ("level", "maxDebt", "refillPerSec", "probe")
+"""Fields whose bounds depend on another's, or on a setting, which a schema cannot tell."""
 
 OPERATIONS = {
     (found.ok().label, mode): found.ok()

@@ -31,8 +31,9 @@ SETTINGS = {
     "TOKENGUARD_BUCKETS": 50_000,
     "TOKENGUARD_CALLER_TIMEOUT_S": CALLER_TIMEOUT_S,
     "TOKENGUARD_MAX_BODY_BYTES": MAX_BODY_BYTES,
+    "TOKENGUARD_PROVIDER_LIMITS": "off",
 }
-"""What both servers are started with: fixed grants, so that every token can be accounted for."""
+"""What both servers are started with: fixed grants, so that every token can be accounted for, and none that is learned."""
 
 PROBE_ID = b"the-probe"
 PROBE = b"GET /probe HTTP/1.1\r\nhost: x\r\nx-request-id: %b\r\n\r\n" % PROBE_ID

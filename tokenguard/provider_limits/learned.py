@@ -57,7 +57,7 @@ class Change(NamedTuple):
 
 
 class _Doubt(NamedTuple):
-    told: tuple[int, int]
+    told: Budget
     times: int
 
 
@@ -77,7 +77,7 @@ class Learned:
         self._lock = threading.Lock()
         self._doubts: dict[BucketName, _Doubt] = {}
         self._believed_s: dict[BucketName, float] = {}
-        self._latest: dict[BucketName, tuple[int, int]] = {}
+        self._latest: dict[BucketName, Budget] = {}
 
     def current(self) -> dict[BucketName, Budget]:
         """Return the budgets that were learned, as this process knows them, and the gates."""
@@ -93,50 +93,54 @@ class Learned:
             now_s: The time, by a clock that is never set.
         """
         name = BucketName(SCOPE, meter, model, Source.HEADERS)
-        before = self._find(name)
-        if before is not None and before.scale.capacity == told.limit:
-            self._doubts.pop(name, None)
-            return None
-        window = window_s(*told)
+        before, window = self._find(name), window_s(*told)
+        same = before is not None and before.scale.capacity == told.limit
         if window is None:
-            self._count("unclear")
+            if not same:
+                self._count("unclear")
             return None
-        with self._lock:
-            return self._change(name, before, told, window, now_s)
-
-    def _change(self, name: BucketName, before: Budget | None, told: Told, window: int, now_s: float) -> Change | None:
-        pace = (told.limit, window)
-        _keep(self._latest, name, pace)
-        if before is None:
-            if now_s - self._believed_s.get(name, -STEADY_S) < 1 or len(self.current()) >= MAX_LEARNED:
-                return None  # it is being set, or there is no room
-        else:
-            doubt = self._doubts.get(name)
-            times = doubt.times + 1 if doubt is not None and doubt.told == pace else 1
-            if doubt is not None and doubt.told != pace:
-                self._count("flapping")
-            _keep(self._doubts, name, _Doubt(pace, times))
-            if times < AGREEING or now_s - self._believed_s.get(name, -STEADY_S) < STEADY_S:
-                return None
-        self._doubts.pop(name, None)
-        return self._believe(name, before, pace, told.remaining, now_s)
-
-    def _believe(
-        self, name: BucketName, before: Budget | None, pace: tuple[int, int], remaining: int, now_s: float
-    ) -> Change | None:
-        after = _budget(name, *pace)
+        after = _budget(name, told.limit, window)
         if after is None:
             self._count("unusable")
             return None
+        with self._lock:
+            _keep(self._latest, name, after)
+            if before is not None and before.scale == after.scale:
+                self._doubts.pop(name, None)
+                return None
+            if self._is_doubted(name, before, after, window, now_s):
+                return None
+            return self._believe(name, before, after, told.remaining, now_s)
+
+    def _is_doubted(
+        self, name: BucketName, before: Budget | None, after: Budget, window: int, now_s: float
+    ) -> bool:
+        """Return whether a limit is not believed yet: another than before, or one that holds for a whole day."""
+        since_s = now_s - self._believed_s.get(name, -STEADY_S)
+        if before is None and (since_s < 1 or len(self.current()) >= MAX_LEARNED):
+            return True  # it is being set, or there is no room
+        if before is None and window == MINUTE_S:
+            return False
+        doubt = self._doubts.get(name)
+        times = doubt.times + 1 if doubt is not None and doubt.told == after else 1
+        if doubt is not None and doubt.told != after:
+            self._count("flapping")
+        _keep(self._doubts, name, _Doubt(after, times))
+        return times < AGREEING or since_s < STEADY_S
+
+    def _believe(
+        self, name: BucketName, before: Budget | None, after: Budget, remaining: int, now_s: float
+    ) -> Change:
+        self._doubts.pop(name, None)
         _keep(self._believed_s, name, now_s)
         self._count("learned" if before is None else "changed")
-        return Change(name, before, after, min(remaining, pace[0]) if before is None else None)
+        return Change(name, before, after, remaining if before is None else None)
 
     def heard(self) -> Iterator[Change]:
         """Yield what is to change for all that was heard last to be believed at once."""
-        for name, pace in list(self._latest.items()):
-            before, after = self._find(name), _budget(name, *pace)
-            if after is not None and before is not None and before.scale != after.scale:
+        for name, after in list(self._latest.items()):
+            before = self._find(name)
+            if before is not None and before.scale != after.scale:
                 yield Change(name, before, after)
 
     def probed(self, model: str, meter: Meter, told: Told) -> Iterator[Change]:
@@ -148,7 +152,7 @@ class Learned:
             return
         after = _budget(name, told.limit, window)
         if after is not None and (before is None or before.scale != after.scale):
-            yield Change(name, before, after, min(told.remaining, told.limit) if before is None else None)
+            yield Change(name, before, after, told.remaining if before is None else None)
 
     def read(self, limits: Iterable[AdminLimit]) -> Iterator[Change]:
         """Yield what is to change for the budgets to be what the admin API tells.

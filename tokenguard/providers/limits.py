@@ -17,8 +17,8 @@ import msgspec
 MINUTE_S, DAY_S = 60, 86_400
 
 _MS = 0.001
-_LEAST, _MOST = 0.45, 1.2
-"""How far a reset may be from what the amounts say: a remainder is rounded down, and a call was counted just now."""
+_TOLERANCE = 0.05
+"""How far a reset may be from what the amounts say, beside what is lost where a remainder is rounded down."""
 
 _DURATION = re.compile(rb"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d{1,9})?)s)?(?:(\d{1,9}(?:\.\d{1,9})?)ms)?")
 _SECONDS = re.compile(rb"\d{1,9}(?:\.\d{1,9})?")
@@ -54,11 +54,12 @@ def window_s(limit: int, remaining: int, reset: bytes) -> int | None:
     if reset_s is None or remaining == limit:
         return None
     grain_s = 1.0 if plain and b"." not in reset else _MS
-    missing = (limit - remaining) / limit
+    most = (limit - remaining) / limit
+    least = max(most - 1 / limit, most / 2)
     fits = [
         window
         for window in (MINUTE_S, DAY_S)
-        if missing * window * _LEAST - grain_s <= reset_s <= missing * window * _MOST + grain_s
+        if least * window * (1 - _TOLERANCE) - grain_s <= reset_s <= most * window * (1 + _TOLERANCE) + grain_s
     ]
     if len(fits) == 1:
         return fits[0]
