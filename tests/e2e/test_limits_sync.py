@@ -306,19 +306,19 @@ def test_admin_api_is_asked_again_and_again(provider, administered, tmp_path, mo
 def test_one_process_of_a_node_asks(provider, administered, tmp_path, model):
     """Four workers ask no more often than one would."""
     provider.rows = [admin_row(model, 600, 30_000)]
-    with running_workers(tmp_path, 4, **{**administered, "TOKENGUARD_SYNC_INTERVAL_S": 1}) as server:
+    with running_workers(tmp_path, 4, **{**administered, "TOKENGUARD_SYNC_INTERVAL_S": 3}) as server:
         learned(server, model, *FROM_ADMIN)
-        until(lambda: len(provider.admin_at_s) >= 5, "it gives up")
-    assert provider.admin_at_s[4] - provider.admin_at_s[0] >= 2  # a slow machine only makes it longer
+        until(lambda: len(provider.admin_at_s) >= 3, "it gives up")
+    assert provider.admin_at_s[2] - provider.admin_at_s[0] >= 2  # four that ask: one; a slow machine takes longer
 
 
 def test_one_node_of_a_realm_asks(provider, administered, redis_server, tmp_path, model):
     """Nodes on one Redis ask no more often than one would, and all of them know."""
     provider.rows = [admin_row(model, 600, 30_000)]
     shared = {"REDIS_URL": redis_server.url, "TOKENGUARD_REALM": model, "TOKENGUARD_REDIS_TIMEOUT_S": 10}
-    settings = {**administered, **shared, "TOKENGUARD_SYNC_INTERVAL_S": 1}
+    settings = {**administered, **shared, "TOKENGUARD_SYNC_INTERVAL_S": 3}
     with running(tmp_path, "serve", **settings) as a, running(tmp_path, "serve", **settings) as b:
         for node in (a, b):
             learned(node, model, *FROM_ADMIN)
-        until(lambda: len(provider.admin_at_s) >= 5, "they give up")
-    assert provider.admin_at_s[4] - provider.admin_at_s[0] >= 2  # a slow machine only makes it longer
+        until(lambda: len(provider.admin_at_s) >= 3, "they give up")
+    assert provider.admin_at_s[2] - provider.admin_at_s[0] >= 4  # two that ask: three, likewise

@@ -57,7 +57,7 @@ def test_learned_limit_refuses_before_the_provider_does(guard, provider, model):
 def test_requests_per_day_are_no_requests_per_minute(guard, provider, model):
     """The window is told by the reset: ten thousand a day are not ten thousand a minute."""
     provider.limits[model] = Limits(Limit(10_000, DAY_S))
-    ask(guard, model)
+    until(lambda: ask(guard, model).status_code and of_model(guard, model), "it is not learned")
     found = learned(guard, model, FROM_HEADERS[0])
     assert terms(found[FROM_HEADERS[0]]) == ("global", "*", 10_000, pytest.approx(10_000 / DAY_S))
     _, models = sync(guard, dry_run=1)
@@ -67,14 +67,14 @@ def test_requests_per_day_are_no_requests_per_minute(guard, provider, model):
 
 
 def test_window_that_cannot_be_told_is_not_guessed(guard, provider, model):
-    """A bucket that is told to be full says nothing about how fast it fills; the next call does."""
+    """A bucket that is told to be full says nothing about how fast it fills; later calls do."""
     provider.limits[model] = Limits(Limit(10_000, DAY_S))
     provider.altered[model] = lambda told: {**told, **full(told)}
     assert ask(guard, model).status_code == 200
     provider.altered.clear()
     assert ask(guard, next(other_models)).status_code == 200
     assert of_model(guard, model) == {}
-    ask(guard, model)
+    until(lambda: ask(guard, model).status_code and of_model(guard, model), "it is not learned")
     found = learned(guard, model, FROM_HEADERS[0])
     assert found[FROM_HEADERS[0]]["refillPerSec"] < 1
 
