@@ -142,7 +142,9 @@ class Estimator:
         prompt = _whole(text_bytes / traffic.bytes_per_token()) + extra_tokens
         most = max(prompt, (text_bytes + 3) // 4 + extra_tokens)
         most += choices * output_cap if output_cap is not None else max(choices * output, 16)
-        return tuple.__new__(Estimate, (prompt, prompt + choices * output, most))  # PERF: half of what its own takes
+        return tuple.__new__(
+            Estimate, (prompt, prompt + choices * output, most)
+        )  # PERF: half of what its own takes
 
     def learn(
         self, model: str, user: str, text_bytes: int, prompt_tokens: int, choices: int, output_tokens: int

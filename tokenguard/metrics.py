@@ -47,8 +47,8 @@ _LABELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "requests": (("route", "status"), "Requests answered, by route and status."),
     "refusals": (
         ("scope", "meter"),
-        "Calls refused, by the kind of the scope whose budget did not suffice (provider: a limit of the provider's own), "
-        "and by what it counts.",
+        "Calls refused, by the kind of the scope whose budget did not suffice, or provider if the limit is the "
+        "provider's own, and by what it counts.",
     ),
     "upstream_answers": (("status",), "Answers of the provider to calls, by status."),
     "provider_limits": (("what",), "What happened to what the provider tells of its own limits, by what it was."),

@@ -113,8 +113,8 @@ class Others:
             if not spending.told and spending.rate >= notable and now_s - spending.began_s >= self.LASTING_S:
                 spending.told = True
                 _log.warning(
-                    "somebody else uses the provider's key: of %s about %d tokens per minute are spent beside what "
-                    "goes through here",
+                    "somebody else uses the provider's key: of %s about %d tokens per minute are spent beside "
+                    "what goes through here",
                     model,
                     spending.rate,
                 )

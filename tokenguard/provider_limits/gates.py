@@ -2,8 +2,8 @@
 
 A gate is a budget of the global scope like any other, so that it closes for all processes and nodes that share
 budgets, at once: its bucket is put so far below zero that it takes as long as the provider asks for until a call
-passes. It opens gently, for it fills no faster than calls were answered before; once that has gone well for a while it
-is removed.
+passes. It opens gently, for it fills no faster than calls were answered before; once that has gone well for a
+while, it is removed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
+from functools import partial
 from typing import NamedTuple
 
 from tokenguard import arithmetic
-from tokenguard.backends.workers import living
 from tokenguard.budgets import Budgets
 from tokenguard.errors import BudgetNotFound, TokenGuardError
 from tokenguard.headroom import Pace
@@ -97,18 +97,20 @@ class Gates:
             return
         self._closed[model] = _Closed(now_s + wait_s, times)
         if before is None:
-            _log.warning("the provider asks to wait for %.3g s (%s): calls of %s are held back", wait_s, why, model)
+            _log.warning(
+                "the provider asks to wait for %.3g s (%s): calls of %s are held back", wait_s, why, model
+            )
         pace = self._pace.rate(model, now_s) * self._processes() * _SLOWER
         budget, level = _closing(model, wait_s, min(max(pace, _LEAST_PACE), _MOST_PACE))
-        self._apply(lambda: self._put(budget, level))
-        self._background.after(wait_s + GENTLE_S, lambda: self._remove(model))
+        self._apply(partial(self._put, budget, level))
+        self._background.after(wait_s + GENTLE_S, partial(self._remove, model))
 
     def sweep(self, gates: list[BucketName]) -> None:
         """See to it that gates are removed some time whose closer may be no more."""
         for name in gates:
             if name.model is not None and name.model not in self._closed:
                 self._closed[name.model] = _Closed(0.0, 1)
-                self._background.after(LONGEST_WAIT_S + GENTLE_S, lambda model=name.model: self._remove(model))
+                self._background.after(LONGEST_WAIT_S + GENTLE_S, partial(self._remove, name.model))
 
     def _put(self, budget: Budget, level: int) -> None:
         try:
@@ -121,7 +123,7 @@ class Gates:
         with suppress(TokenGuardError):
             try:
                 if self._budgets.get(gate_of(model)).level < 0:  # calls alone never bring it so low
-                    self._background.after(GENTLE_S, lambda: self._remove(model))
+                    self._background.after(GENTLE_S, partial(self._remove, model))
                     return
                 self._budgets.delete(gate_of(model))
             except BudgetNotFound:

@@ -98,7 +98,13 @@ class ProviderSource:
         return httpx.Client(headers=fields, timeout=self._timeout_s, follow_redirects=False)
 
     def _ask(
-        self, client: httpx.Client, method: str, path: str, *, params: dict[str, str] | None = None, content: str = ""
+        self,
+        client: httpx.Client,
+        method: str,
+        path: str,
+        *,
+        params: dict[str, str] | None = None,
+        content: str = "",
     ) -> httpx.Response:
         url = httpx.URL(self._account.base_url)
         url = url.copy_with(path=url.path.rstrip("/") + path)

@@ -20,9 +20,13 @@ _MS = 0.001
 _TOLERANCE = 0.05
 """How far a reset may be from what the amounts say, beside what is lost where a remainder is rounded down."""
 
-_DURATION = re.compile(rb"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d{1,9})?)s)?(?:(\d{1,9}(?:\.\d{1,9})?)ms)?")
+_DURATION = re.compile(
+    rb"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d{1,9})?)s)?(?:(\d{1,9}(?:\.\d{1,9})?)ms)?"
+)
 _SECONDS = re.compile(rb"\d{1,9}(?:\.\d{1,9})?")
-_WORDED_WAIT = re.compile(r"(?:try again in|retry after) ((?:\d+h)?(?:\d+m)?(?:\d+(?:\.\d+)?s)?(?:\d+(?:\.\d+)?ms)?)(\d+ sec)?")
+_WORDED_WAIT = re.compile(
+    r"(?:try again in|retry after) ((?:\d+h)?(?:\d+m)?(?:\d+(?:\.\d+)?s)?(?:\d+(?:\.\d+)?ms)?)(\d+ sec)?"
+)
 _WORDED_SIZES = re.compile(r"Limit:? (\d+),.*Requested:? (\d+)")
 
 QUOTA_CODES = frozenset(
@@ -204,6 +208,6 @@ def _limits_of(entry: Any) -> Iterator[AdminLimit]:  # noqa: ANN401 - any JSON
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
         raise ValueError("a limit names no model")
     for field, meter, span_s in _ADMIN_FIELDS:
-        value = entry.get(field)
+        value: Any = entry.get(field)
         if type(value) in (int, float) and math.isfinite(value) and value >= 1:
             yield AdminLimit(entry["model"], meter, int(value), span_s)
