@@ -79,6 +79,7 @@ class Settlement:
         account.outcome = _SETTLED if tokens else _REFUNDED
         if self._usage is not None:
             account.usage_told = True
+            account.prompt = self._usage.prompt
             self._exchange.learn(self._usage)
 
     def keep(self) -> None:
@@ -182,17 +183,19 @@ class Exchange:
         self._body = body
         self._in_lines = isinstance(headers, Fields)
         model = request.model
-        prompt, total = self._estimate = self._terms.estimator.estimate(
+        prompt, total, _ = self._estimate = self._terms.estimator.estimate(
             model,
+            self._identity.team,
             self._identity.user,
             text_bytes=request.text_bytes,
+            text_256ths=request.text_256ths,
             extra_tokens=request.extra_tokens,
             choices=request.choices,
             output_cap=request.output_cap,
         )
         self._stream = request.stream
         self.account.model, self.account.stream = model, self._stream
-        self.account.estimate = total
+        self.account.estimate, self.account.prompt_estimate = total, prompt
         return tuple.__new__(Ask, (self._identity, model, prompt, total))  # PERF: half of what its own takes
 
     def reserved(self, reserved: Reservation | Decision) -> UpstreamRequest | Answer:
@@ -294,8 +297,9 @@ class Exchange:
         request = self._request
         self._terms.estimator.learn(
             request.model,
+            self._identity.team,
             self._identity.user,
-            text_bytes=0 if request.attachments else request.text_bytes,
+            text_256ths=0 if request.attachments else request.text_256ths,
             prompt_tokens=usage.prompt - request.extra_tokens,
             choices=request.choices,
             output_tokens=usage.completion,
