@@ -193,7 +193,10 @@ AZURE = (
             body_of(TOO_LARGE.removeprefix("Request too large for ")),
             Refusal(Kind.SHORTEN, "rate_limit_exceeded", None),
         ),
-        (body_of(QUOTA, "insufficient_quota", "insufficient_quota"), Refusal(Kind.PAY, "insufficient_quota", None)),
+        (
+            body_of(QUOTA, "insufficient_quota", "insufficient_quota"),
+            Refusal(Kind.PAY, "insufficient_quota", None),
+        ),
         (body_of(QUOTA, "insufficient_quota", None), Refusal(Kind.PAY, "insufficient_quota", None)),
         *(
             (body_of("No.", "insufficient_quota", code), Refusal(Kind.PAY, code, None))
@@ -294,8 +297,12 @@ def test_no_field_of_a_refusal_is_an_error(in_ms, in_s):
 
 anything = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["error", "message", "code", "type"]) | st.text(max_size=5), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["error", "message", "code", "type"]) | st.text(max_size=5), inner, max_size=4
+        )
+    ),
     max_leaves=12,
 )
 

@@ -20,7 +20,9 @@ _MS = 0.001
 _TOLERANCE = 0.05
 """How far a reset may be from what the amounts say, beside what is lost where a remainder is rounded down."""
 
-_DURATION = re.compile(rb"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d{1,9})?)s)?(?:(\d{1,9}(?:\.\d{1,9})?)ms)?")
+_DURATION = re.compile(
+    rb"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d{1,9})?)s)?(?:(\d{1,9}(?:\.\d{1,9})?)ms)?"
+)
 _SECONDS = re.compile(rb"\d{1,9}(?:\.\d{1,9})?")
 _WORDED_WAIT = re.compile(r"(?:try again in|retry after) (?:(\d+) sec|((?:[\d.]{1,20}(?:h|ms?|s))+))")
 _WORDED_SIZES = re.compile(r"Limit:? (\d{1,18}),.*Requested:? (\d{1,18})\b")
