@@ -132,8 +132,10 @@ class ProviderLimits:
     def lowered(self, model: str, deltas: tuple[int, ...], plan: Plan) -> None:
         """Take in by how much the buckets of a call had to be lowered."""
         self._count("lowered")
-        if plan.tokens_at >= 0 and deltas[plan.tokens_at] > 0:
-            self._others.spent(model, deltas[plan.tokens_at], plan.limit_at(plan.tokens_at), time.perf_counter())
+        room = plan.tokens_room
+        if room is not None and (fewer := deltas[plan.tokens_at]) > 0:
+            limit = plan.budgets[plan.tokens_at].scale.capacity
+            self._others.spent(model, fewer, room.moved, limit, time.perf_counter())
 
     def refused(self, model: str, head: Head, body: bytes) -> None:
         """Heed a 429 of the provider."""
