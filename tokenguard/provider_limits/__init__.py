@@ -85,6 +85,7 @@ class ProviderLimits:
         self._count = count
         self._interval_s = interval_s
         self._background = Background()
+        self._asking = Background()  # of its own, so that no gate waits for an answer of the admin API
         self._learned = Learned(backend, budgets, count)
         self._gates = Gates(budgets, self.pace, self._background, self._carry_out, self._processes)
         self._alarms = Alarms(backend.table)
@@ -96,10 +97,11 @@ class ProviderLimits:
         """Begin to ask the admin API now and then, and to look for what others left behind."""
         self._background.after(0.0, self._sweep)
         if self._source.has_admin:
-            self._background.after(random.random(), self._refresh)  # noqa: S311 - so that not all ask at once
+            self._asking.after(random.random(), self._refresh)  # noqa: S311 - so that not all ask at once
 
     def stop(self) -> None:
         """Do nothing more."""
+        self._asking.stop()
         self._background.stop()
 
     # --- what calls tell --------------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ class ProviderLimits:
 
     def _refresh(self) -> None:
         """Ask the admin API, unless somebody else who shares the budgets has just done so."""
-        self._background.after(self._interval_s * (1 - _JITTER + 2 * _JITTER * random.random()), self._refresh)  # noqa: S311 - likewise
+        self._asking.after(self._interval_s * (1 - _JITTER + 2 * _JITTER * random.random()), self._refresh)  # noqa: S311 - likewise
         try:
             if not self._backend.claim(SYNC, self._interval_s * (1 - 2 * _JITTER), time.time()):
                 return
