@@ -325,6 +325,7 @@ class Exchange:
         if reservation is None:
             return None
         if refund or self._refused:
+            reservation.unsent = refund
             return Settlement(self, reservation, 0)
         if self._reader is None:
             return Settlement(self, reservation, None)

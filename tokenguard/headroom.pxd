@@ -2,7 +2,7 @@
 
 cimport cython
 
-cdef long long _RISE
+cdef long long _RISE, _OVERDONE
 cdef double PERIOD_S
 
 
@@ -11,11 +11,15 @@ cdef class Headroom:
     cdef readonly bint known
     cdef readonly long long moved
     cdef long long _room
+    cdef long long _turns
+    cdef long long _heard
 
-    @cython.locals(room="long long")
-    cpdef long long told(self, long long remaining, long long level, long long moved) noexcept
+    cpdef long long turn(self) noexcept
+    @cython.locals(room="long long", fewer="long long")
+    cpdef long long told(self, long long remaining, long long level, long long moved, long long turn) noexcept
     @cython.locals(given="long long")
-    cpdef long long give(self, long long cost) noexcept
+    cpdef long long give(self, long long cost, long long kept) noexcept
+    cpdef void give_all(self, long long cost) noexcept
 
 
 @cython.final

@@ -6,12 +6,17 @@ at the same moment of the same call, are compared: the difference is the headroo
 or the call counted for more than it seemed, and our level is lowered; above zero calls are given back what they
 were charged too much, as far as the headroom goes. So our level follows the provider's, and is never above it for
 longer than an answer takes.
+
+Only the latest call that was heard of counts: what an answer tells that took longer is of the past, and what calls
+after it were charged and given back is not in it.
 """
 
 from __future__ import annotations
 
 _RISE = 4
 """An answer's word that the headroom has grown is believed to one part in so many; that it has shrunk, at once."""
+_OVERDONE = 2
+"""Our level is lowered by so many times of what it is too high: what it missed, calls under way may miss too."""
 
 PERIOD_S = 2.0
 """Calls are counted for so long at a time."""
@@ -32,32 +37,59 @@ class Headroom:
         self.known = False
         self.moved = 0
         self._room = 0
+        self._turns = 0
+        self._heard = 0
 
-    def told(self, remaining: int, level: int, moved: int) -> int:
+    def turn(self) -> int:
+        """Return the number of a call that has just been charged."""
+        self._turns += 1
+        return self._turns
+
+    def told(self, remaining: int, level: int, moved: int, turn: int) -> int:
         """Take in what remains; return by how many tokens our level must be lowered.
 
         Args:
             remaining: What the provider told, of the moment when it counted the call.
             level: Our level right after the same call's reservation.
             moved: What ``moved`` was then.
+            turn: The call's number.
         """
+        if turn < self._heard:
+            return 0
+        self._heard = turn
         room = remaining - level - (self.moved - moved)
+        fewer = 0
         if room < 0:
-            self.moved += room
-            self._room = 0
+            fewer = -room * _OVERDONE
+            self.moved -= fewer
+            self._room = room + fewer
         elif self.known and room > self._room:
             self._room += (room - self._room) // _RISE
         else:
             self._room = room
         self.known = True
-        return -room if room < 0 else 0
+        return fewer
 
-    def give(self, cost: int) -> int:
-        """Return how many of the tokens that a call was charged may be given back."""
-        given = cost if cost < self._room else self._room
+    def give(self, cost: int, kept: int) -> int:
+        """Return how many of the tokens that a call was charged may be given back.
+
+        Args:
+            cost: What it was charged.
+            kept: So much of the headroom is kept, for what is not known yet.
+        """
+        given = self._room - kept
+        if given <= 0:
+            return 0
+        if given > cost:
+            given = cost
         self._room -= given
         self.moved += given
         return given
+
+    def give_all(self, cost: int) -> None:
+        """Take in that a call is given back what it was charged, for the provider cannot have counted it."""
+        self._room = self._room - cost if cost < self._room else 0
+        self.moved += cost
 
 
 class Pace:

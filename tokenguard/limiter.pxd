@@ -13,10 +13,13 @@ cdef int _TRIES
 cdef class Reservation:
     cdef readonly Plan plan
     cdef readonly tuple costs
+    cdef public bint unsent
     cdef Outcome _outcome
     cdef bint _open
     cdef long long _tokens_moved
     cdef long long _requests_moved
+    cdef long long _tokens_turn
+    cdef long long _requests_turn
 
     @cython.locals(plan=Plan, fewer_tokens="long long", fewer_requests="long long", level="long long", deltas=list)
     cpdef tuple lowering(self, long long tokens, long long requests)
@@ -34,7 +37,7 @@ cdef class Limiter:
 
     @cython.locals(tries_left=cython.int, plan=Plan, costs=tuple, outcome=Outcome)
     cpdef reserve(self, identity, model, prompt, total, most=*, now_us=*)
-    cpdef lower(self, Reservation reservation, tuple deltas)
+    cpdef lower(self, Reservation reservation, tuple deltas, now_us=*)
     @cython.locals(handle=object, deltas=object)
     cpdef settle(self, Reservation reservation, tokens, now_us=*)
 

@@ -21,6 +21,7 @@ class Reservation:
     Attributes:
         plan: The buckets.
         costs: What was taken from each.
+        unsent: Whether the provider cannot have counted the call.
     """
 
     def __init__(self, plan: Plan, costs: tuple[int, ...], outcome: Outcome) -> None:
@@ -28,8 +29,12 @@ class Reservation:
         self.costs = costs
         self._outcome = outcome
         self._open = True
-        self._tokens_moved = 0 if plan.tokens_room is None else plan.tokens_room.moved
-        self._requests_moved = 0 if plan.requests_room is None else plan.requests_room.moved
+        self.unsent = False
+        self._tokens_moved = self._tokens_turn = self._requests_moved = self._requests_turn = 0
+        if plan.tokens_room is not None:
+            self._tokens_moved, self._tokens_turn = plan.tokens_room.moved, plan.tokens_room.turn()
+        if plan.requests_room is not None:
+            self._requests_moved, self._requests_turn = plan.requests_room.moved, plan.requests_room.turn()
 
     @property
     def handle(self) -> Handle:
@@ -65,10 +70,12 @@ class Reservation:
             return None  # a node decided on its own: its levels are not those of the bucket
         if tokens >= 0 and plan.tokens_room is not None:
             level = self._outcome.level(plan.tokens_at)
-            fewer_tokens = plan.tokens_room.told(tokens, level, self._tokens_moved)
+            fewer_tokens = plan.tokens_room.told(tokens, level, self._tokens_moved, self._tokens_turn)
         if requests >= 0 and plan.requests_room is not None:
             level = self._outcome.level(plan.requests_at)
-            fewer_requests = plan.requests_room.told(requests, level, self._requests_moved)
+            fewer_requests = plan.requests_room.told(
+                requests, level, self._requests_moved, self._requests_turn
+            )
         if fewer_tokens == 0 and fewer_requests == 0:
             return None
         deltas = [0] * len(self.costs)
@@ -98,7 +105,7 @@ class Reservation:
         if tokens < 0:
             raise ValueError(f"tokens must be at least 0, got {tokens}")
         self.close()
-        return self._outcome.handle, self.plan.deltas(self.costs, tokens)
+        return self._outcome.handle, self.plan.deltas(self.costs, tokens, self.unsent)
 
     def reopen(self) -> None:
         """Take back ``close``, for nothing came of it."""
@@ -218,28 +225,30 @@ class Limiter:
             reservation.reopen()
             raise
 
-    def lower(self, reservation: Reservation, deltas: tuple[int, ...]) -> None:
+    def lower(self, reservation: Reservation, deltas: tuple[int, ...], now_us: int | None = None) -> None:
         """Charge the buckets that a call passed for what was spent beside it.
 
         Args:
             reservation: The call's; it stays open.
             deltas: What ``Reservation.lowering`` returned.
+            now_us: The time; None is now.
 
         Raises:
             TableBusy: The table's lock was not to be had; nothing was changed.
         """
-        self._backend.settle(reservation.handle, deltas)
+        self._backend.settle(reservation.handle, deltas, now_us)
 
     def lower_soon(self, reservation: Reservation, deltas: tuple[int, ...]) -> None:
         """Do so without holding up an event loop; nobody waits for it."""
         self._backend.settle_soon(reservation.handle, deltas)
 
     def refund(self, reservation: Reservation, now_us: int | None = None) -> None:
-        """Give all tokens back; the request stays counted.
+        """Give all tokens back, for the call was never made; the request stays counted.
 
         Raises:
             AlreadySettled: It has been settled or refunded before; nothing was changed.
         """
+        reservation.unsent = True
         self.settle(reservation, 0, now_us)
 
     def peek(self, identity: Identity, model: str, now_us: int | None = None) -> tuple[BucketState, ...]:

@@ -42,6 +42,7 @@ _COUNTERS = {
 _GAUGES = {
     "calls_in_flight": "Calls that are not over yet.",
     "reservations_open": "Reservations neither settled nor refunded nor kept as spent yet.",
+    "provider_others_tokens_per_minute": "About what others spend of what the provider's key is granted.",
 }
 _LABELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "requests": (("route", "status"), "Requests answered, by route and status."),

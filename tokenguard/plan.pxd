@@ -5,6 +5,7 @@ from libc.stdint cimport int64_t
 from tokenguard.headroom cimport Headroom
 
 cdef int _OURS, _THEIRS, _REQUESTS, _GATE
+cdef long long _KEPT
 
 
 @cython.final
@@ -20,12 +21,13 @@ cdef class Plan:
     cdef tuple _counts
     cdef bint _theirs
     cdef long long _small
+    cdef long long _kept
 
     cpdef int64_t limit_at(self, int place) except -1
     @cython.locals(counts=tuple, costs=list, i=cython.int)
     cpdef tuple costs(self, prompt, total, most=*)
-    @cython.locals(counts=tuple, deltas=list, i=cython.int, given="long long")
-    cpdef tuple deltas(self, tuple costs, tokens)
+    @cython.locals(counts=tuple, deltas=list, i=cython.int, given="long long", room=Headroom)
+    cpdef tuple deltas(self, tuple costs, tokens, bint unsent=*)
 
 
 cdef _cost(int count, total, most)

@@ -19,6 +19,9 @@ GATE_COST = 1000
 _OURS, _THEIRS, _REQUESTS, _GATE = range(4)
 """What a bucket counts: tokens as we estimate and settle them, tokens as the provider counts them, calls."""
 
+_KEPT = 32
+"""Of the provider's bucket one part in so many is kept in hand, for calls that count for more than it seemed."""
+
 
 class Plan:
     """The buckets that one call must pass, made ready by the backend.
@@ -50,6 +53,7 @@ class Plan:
         self._limits = [budget.scale.capacity if _is_brisk(budget.scale) else 0 for budget in self.budgets]
         self._counts = tuple([_count(budget.name) for budget in self.budgets])
         self._theirs = _THEIRS in self._counts
+        self._kept = 0 if self.tokens_at < 0 else self.budgets[self.tokens_at].scale.capacity // _KEPT
         self._small = min(
             [_half(self.budgets[i].scale) for i in range(len(self.budgets)) if self._counts[i] <= _THEIRS],
             default=0,
@@ -93,18 +97,26 @@ class Plan:
                 costs.append(_cost(counts[i], total, most))
         return tuple(costs)
 
-    def deltas(self, costs: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+    def deltas(self, costs: tuple[int, ...], tokens: int, unsent: bool = False) -> tuple[int, ...]:
         """Return what each bucket is still owed once a call took ``tokens``; requests stay counted.
 
         Of what the provider's own buckets were charged, as much is given back as the provider's count allows,
-        where that is known.
+        where that is known; and all of it if the provider never got the call.
+
+        Args:
+            costs: What each was charged.
+            tokens: What the call took.
+            unsent: Whether the provider cannot have counted it.
         """
         counts = self._counts
         if not self._theirs:
             return tuple([tokens - costs[i] if counts[i] == _OURS else 0 for i in range(len(counts))])
         given = -1
-        if self.tokens_room is not None and self.tokens_room.known:
-            given = self.tokens_room.give(costs[self.tokens_at])
+        room = self.tokens_room
+        if room is not None and unsent:
+            room.give_all(costs[self.tokens_at])
+        elif room is not None and room.known:
+            given = room.give(costs[self.tokens_at], self._kept)
         deltas = []
         for i in range(len(counts)):
             delta = tokens - costs[i] if counts[i] <= _THEIRS else 0

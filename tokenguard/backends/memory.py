@@ -14,7 +14,7 @@ from tokenguard._bucket import BucketTable, Handle, Outcome
 from tokenguard.backends.keeper import Keeper
 from tokenguard.backends.mirror import NOTHING, Mirror, read_records, record_of
 from tokenguard.backends.state import StateFile
-from tokenguard.backends.workers import changing, leave
+from tokenguard.backends.workers import changing, leave, row_of
 from tokenguard.errors import BudgetNotFound, StateUnwritable, TableFull
 from tokenguard.model import BucketName, Budget, Scale, Scope
 
@@ -42,7 +42,6 @@ class MemoryBackend:
         self._shared = shared
         self._lock = threading.Lock()
         self._known = NOTHING, 0
-        self._claimed: dict[bytes, int] = {}
         self._keeper = Keeper(table, self._budgets, file)
         self.changes_wait = self._keeper.keeps
         self.reserve = table.reserve  # PERF: no frame in between; row "Limiter" of test_bench_bucket
@@ -94,11 +93,10 @@ class MemoryBackend:
         name = f"claimed\x1f{what}".encode()
         with changing(self.table):
             mine = self.table.tally(name)
-            claimed_s = max(self.table.tallies()[name])
-            if now_s - claimed_s < for_s:
+            claimed_s = self.table.tallies()[name]
+            if now_s - max(claimed_s) < for_s:
                 return False
-            mine.add(int(now_s) - self._claimed.get(name, 0))
-            self._claimed[name] = int(now_s)
+            mine.add(int(now_s) - claimed_s[row_of(self.table)])  # a row may be that of a process that is no more
             return True
 
     def refresh(self) -> None:

@@ -14,7 +14,13 @@ from pathlib import Path
 
 from tokenguard._bucket import BucketTable
 
-STATES = (b"calls_in_flight", b"reservations_open", b"redis_lanes_down", b"redis_owed_buckets")
+STATES = (
+    b"calls_in_flight",
+    b"reservations_open",
+    b"redis_lanes_down",
+    b"redis_owed_buckets",
+    b"provider_others_tokens_per_minute",
+)
 """The tallies that tell how things are with a process now, and end with it."""
 
 _PROC = Path("/proc")
@@ -64,6 +70,11 @@ def leave(table: BucketTable) -> None:
 def living(table: BucketTable) -> dict[int, int]:
     """Return the rows whose processes live, and their process ids."""
     return {row: pid for row, (pid, began) in enumerate(table.rows()) if _lives(pid, began)}
+
+
+def row_of(table: BucketTable) -> int:
+    """Return the row that this process counts in."""
+    return next((row for row, (pid, _) in enumerate(table.rows()) if pid == os.getpid()), 0)
 
 
 def counted(table: BucketTable) -> dict[bytes, int]:

@@ -93,6 +93,7 @@ class ProviderLimits:
         self._count = count
         self._interval_s = interval_s
         self._background = Background()
+        self._asking = Background()  # of its own, so that no gate waits for an answer of the admin API
         self._learned = Learned(backend, budgets, count)
         self._gates = Gates(budgets, self.pace, self._background, self._carry_out, self._processes)
         self._alarms = Alarms(backend.table)
@@ -104,10 +105,11 @@ class ProviderLimits:
         """Begin to ask the admin API now and then, and to look for what others left behind."""
         self._background.after(0.0, self._sweep)
         if self._source.has_admin:
-            self._background.after(random.random(), self._refresh)  # noqa: S311 - so that not all ask at once
+            self._asking.after(random.random(), self._refresh)  # noqa: S311 - so that not all ask at once
 
     def stop(self) -> None:
         """Do nothing more."""
+        self._asking.stop()
         self._background.stop()
 
     # --- what calls tell --------------------------------------------------------------------------------------
@@ -135,8 +137,10 @@ class ProviderLimits:
     def lowered(self, model: str, deltas: tuple[int, ...], plan: Plan) -> None:
         """Take in by how much the buckets of a call had to be lowered."""
         self._count("lowered")
-        if plan.tokens_at >= 0 and deltas[plan.tokens_at] > 0:
-            self._others.spent(model, deltas[plan.tokens_at], plan.limit_at(plan.tokens_at), time.perf_counter())
+        room = plan.tokens_room
+        if room is not None and (fewer := deltas[plan.tokens_at]) > 0:
+            limit = plan.budgets[plan.tokens_at].scale.capacity
+            self._others.spent(model, fewer, room.moved, limit, time.perf_counter())
 
     def refused(self, model: str, head: Head, body: bytes) -> None:
         """Heed a 429 of the provider."""
@@ -231,7 +235,7 @@ class ProviderLimits:
 
     def _refresh(self) -> None:
         """Ask the admin API, unless somebody else who shares the budgets has just done so."""
-        self._background.after(self._interval_s * (1 - _JITTER + 2 * _JITTER * random.random()), self._refresh)  # noqa: S311 - likewise
+        self._asking.after(self._interval_s * (1 - _JITTER + 2 * _JITTER * random.random()), self._refresh)  # noqa: S311 - likewise
         try:
             if not self._backend.claim(SYNC, self._interval_s * (1 - 2 * _JITTER), time.time()):
                 return

@@ -7,7 +7,7 @@ import math
 import threading
 
 from tokenguard._bucket import BucketTable, Tally
-from tokenguard.backends.workers import living
+from tokenguard.backends.workers import living, row_of
 from tokenguard.providers.limits import QUOTA_CODES
 
 STALE_S = 300
@@ -35,7 +35,6 @@ class Alarms:
         self._table = table
         self._lock = threading.Lock()
         self._tallies: dict[str, Tally] = {}
-        self._told_s: dict[str, int] = {}
         self.raised = False
 
     def raise_(self, code: str, now_s: int) -> None:
@@ -55,15 +54,15 @@ class Alarms:
             if not self.raised:
                 return
             self.raised = False
-            for code in self._told_s:
+            for code in self._tallies:
                 self._set(code, 0)
         _log.warning("the provider answers calls again")
 
     def _set(self, code: str, told_s: int) -> None:
         if code not in self._tallies:
             self._tallies[code] = self._table.tally(_name(code))
-        self._tallies[code].add(told_s - self._told_s.get(code, 0))
-        self._told_s[code] = told_s
+        before_s = self._table.tallies()[_name(code)][row_of(self._table)]  # of a process that is no more, it may be
+        self._tallies[code].add(told_s - before_s)
 
     def standing(self, now_s: int) -> list[str]:
         """Return the codes that a process of the node was told lately."""
@@ -85,6 +84,8 @@ def _name(code: str) -> bytes:
 class Others:
     """Somebody else spends what the key is granted: less remains than is left of what went through here.
 
+    How much is a lower bound: what calls here were charged beyond what the provider counted hides as much of it.
+
     Args:
         table: The node's table.
     """
@@ -100,15 +101,26 @@ class Others:
         self._lock = threading.Lock()
         self._models: dict[str, _Spending] = {}
 
-    def spent(self, model: str, tokens: int, limit: int, now_s: float) -> None:
-        """Take in that so many tokens were spent beside us; ``now_s`` is by a clock that is never set."""
+    def spent(self, model: str, fewer: int, moved: int, limit: int, now_s: float) -> None:
+        """Take in that our level of a model's bucket had to be lowered.
+
+        What is given back afterwards was not spent by others: an answer that overtook another, perhaps.
+
+        Args:
+            model: The model.
+            fewer: By how many tokens.
+            moved: By how many it has been raised in all, ``fewer`` taken off already.
+            limit: What the bucket holds.
+            now_s: The time, by a clock that is never set.
+        """
         with self._lock:
             spending = self._models.get(model)
             if spending is None:
                 if len(self._models) >= MAX_MODELS:
                     self._models.clear()
-                spending = self._models[model] = _Spending(now_s)
-            spending.add(tokens, now_s, self.AVERAGED_S)
+                spending = self._models[model] = _Spending(moved + fewer, now_s)
+            spending.add(spending.moved - moved, now_s, self.AVERAGED_S)
+            spending.moved = moved
             notable = max(self.NOTABLE_TOKENS_PER_MINUTE, self.NOTABLE_PART * limit)
             if not spending.told and spending.rate >= notable and now_s - spending.began_s >= self.LASTING_S:
                 spending.told = True
@@ -125,7 +137,7 @@ class Others:
         with self._lock:
             for model, spending in list(self._models.items()):
                 spending.add(0, now_s, self.AVERAGED_S)
-                if spending.rate < self.NOTABLE_TOKENS_PER_MINUTE / 100:
+                if abs(spending.rate) < self.NOTABLE_TOKENS_PER_MINUTE / 100:
                     del self._models[model]
             shown = round(sum(spending.rate for spending in self._models.values() if spending.told))
             self._tally.add(shown - self._shown)
@@ -139,7 +151,8 @@ MAX_MODELS = 256
 class _Spending:
     """Tokens per minute, averaged so that what is long past counts less and less."""
 
-    def __init__(self, now_s: float) -> None:
+    def __init__(self, moved: int, now_s: float) -> None:
+        self.moved = moved
         self.began_s = now_s
         self.rate = 0.0
         self.told = False

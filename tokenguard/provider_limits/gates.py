@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
@@ -20,7 +21,7 @@ from tokenguard import arithmetic
 from tokenguard.budgets import Budgets
 from tokenguard.errors import BudgetNotFound, TokenGuardError
 from tokenguard.headroom import Pace
-from tokenguard.model import GLOBAL, GLOBAL_ID, BucketName, Budget, Meter, Scope, Source
+from tokenguard.model import GLOBAL, GLOBAL_ID, BucketName, Budget, Meter, Scale, Scope, Source
 from tokenguard.plan import GATE_COST
 from tokenguard.provider_limits.background import Background
 
@@ -34,14 +35,27 @@ _LEAST_PACE, _MOST_PACE = 1.0, 1000.0
 _SLOWER = 0.9
 _SAME = 1.1
 """Answers that ask for about the same wait close the gate once."""
+_SOON_S = 0.25
+"""A gate is not closed for less than that again and again: it lets calls pass one by one as it is."""
 
 _SCOPE = Scope(GLOBAL, GLOBAL_ID)
 _log = logging.getLogger("tokenguard")
 
 
 class _Closed(NamedTuple):
+    """How a process has closed a gate, or found it.
+
+    Attributes:
+        at_s: When.
+        until_s: Until when.
+        times: How often in a row.
+        scale: The budget's; None if it has not been looked at.
+    """
+
+    at_s: float
     until_s: float
     times: int
+    scale: Scale | None
 
 
 def gate_of(model: str) -> BucketName:
@@ -58,6 +72,7 @@ class Gates:
         background: Where gates are opened.
         apply: Carries out a change of budgets, at once or soon.
         processes: Returns how many processes share a pace.
+        now_us: Returns the buckets' time; None is now, by their own clock.
     """
 
     def __init__(
@@ -67,12 +82,15 @@ class Gates:
         background: Background,
         apply: Callable[[Callable[[], None]], None],
         processes: Callable[[], int],
+        now_us: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._budgets = budgets
         self._pace = pace
         self._background = background
         self._apply = apply
         self._processes = processes
+        self._now_us = now_us
+        self._lock = threading.Lock()
         self._closed: dict[str, _Closed] = {}
 
     def close(self, model: str, wait_s: float | None, why: str, now_s: float) -> None:
@@ -84,51 +102,94 @@ class Gates:
             why: What it said instead.
             now_s: The time, by ``time.perf_counter``.
         """
-        before = self._closed.get(model)
-        if before is not None and now_s > before.until_s + GENTLE_S:
-            before = None
-        if before is not None and now_s < before.until_s and wait_s is None:
-            return
-        times = 1 if before is None else before.times + 1
-        if wait_s is None:
-            wait_s = FIRST_WAIT_S * 2 ** min(times - 1, 10)
-        wait_s = min(wait_s, LONGEST_WAIT_S)
-        if before is not None and wait_s <= (before.until_s - now_s) * _SAME:
-            return
-        self._closed[model] = _Closed(now_s + wait_s, times)
+        with self._lock:
+            before = self._closed.get(model)
+            if before is not None and now_s > before.until_s + GENTLE_S:
+                before = None
+            times = 1 if before is None else before.times + 1
+            if before is not None and _is_closed_for(before, wait_s, now_s):
+                return
+            if wait_s is None:
+                wait_s = FIRST_WAIT_S * 2 ** min(times - 1, 10)
+            wait_s = min(wait_s, LONGEST_WAIT_S)
+            pace = self._pace.rate(model, now_s) * self._processes() * _SLOWER
+            budget, level = _closing(model, wait_s, min(max(pace, _LEAST_PACE), _MOST_PACE))
+            closed = self._closed[model] = _Closed(now_s, now_s + wait_s, times, budget.scale)
         if before is None:
             _log.warning(
                 "the provider asks to wait for %.3g s (%s): calls of %s are held back", wait_s, why, model
             )
-        pace = self._pace.rate(model, now_s) * self._processes() * _SLOWER
-        budget, level = _closing(model, wait_s, min(max(pace, _LEAST_PACE), _MOST_PACE))
-        self._apply(partial(self._put, budget, level))
-        self._background.after(wait_s + GENTLE_S, partial(self._remove, model))
+        self._apply(partial(self._put, budget, level, closed))
+        self._background.after(wait_s + GENTLE_S, partial(self._remove, model, closed))
 
     def sweep(self, gates: list[BucketName]) -> None:
         """See to it that gates are removed some time whose closer may be no more."""
         for name in gates:
-            if name.model is not None and name.model not in self._closed:
-                self._closed[name.model] = _Closed(0.0, 1)
-                self._background.after(LONGEST_WAIT_S + GENTLE_S, partial(self._remove, name.model))
+            with self._lock:
+                if name.model is None or name.model in self._closed:
+                    continue
+            self._look_again(name.model, _Closed(0.0, 0.0, 1, None), 0.0)
 
-    def _put(self, budget: Budget, level: int) -> None:
+    def _put(self, budget: Budget, level: int, closed: _Closed) -> None:
+        """Close a gate, unless it is closed for longer already: somebody else may have been told so."""
+        name = budget.name
         try:
-            self._budgets.put(budget, level)
+            if self._wait_s(name) < closed.until_s - closed.at_s:
+                self._budgets.put(budget, level, self._now_us())
         except TokenGuardError as error:
-            _log.warning("the gate of %s stays open: %s", budget.name.model, error)
+            _log.warning("the gate of %s stays open: %s", name.model, error)
+            self._forget(name.model, closed)  # so that the next refusal closes it
 
-    def _remove(self, model: str) -> None:
+    def _wait_s(self, name: BucketName) -> float:
+        """Return how long a gate lets no call pass; below zero if there is none.
+
+        Raises:
+            TokenGuardError: That cannot be told.
+        """
+        try:
+            state = self._budgets.get(name, self._now_us())
+        except BudgetNotFound:
+            return -1.0
+        return (GATE_COST - state.level) / float(state.budget.scale.rate)
+
+    def _remove(self, model: str, closed: _Closed) -> None:
         """Remove a gate, if it has been open for long enough."""
+        if self._closed.get(model) is not closed:
+            return  # it has been closed again, and will be removed in its time
+        name = gate_of(model)
         with suppress(TokenGuardError):
             try:
-                if self._budgets.get(gate_of(model)).level < 0:  # calls alone never bring it so low
-                    self._background.after(GENTLE_S, partial(self._remove, model))
+                state = self._budgets.get(name, self._now_us())
+                if state.level < 0:  # calls alone never bring it so low
+                    self._background.after(GENTLE_S, partial(self._remove, model, closed))
                     return
-                self._budgets.delete(gate_of(model))
+                if state.budget.scale != closed.scale:  # somebody else has closed it again, and may be no more
+                    self._look_again(model, closed._replace(scale=state.budget.scale), self._wait_s(name))
+                    return
+                self._budgets.delete(name, self._now_us())
             except BudgetNotFound:
                 pass
-        self._closed.pop(model, None)
+        self._forget(model, closed)
+
+    def _look_again(self, model: str, closed: _Closed, wait_s: float) -> None:
+        """Remove a gate of somebody else's, if that one has not done so when its time has come."""
+        with self._lock:
+            self._closed[model] = closed
+        self._background.after(max(0.0, wait_s) + 2 * GENTLE_S, partial(self._remove, model, closed))
+
+    def _forget(self, model: str | None, closed: _Closed) -> None:
+        with self._lock:
+            if model is not None and self._closed.get(model) is closed:
+                del self._closed[model]
+
+
+def _is_closed_for(before: _Closed, wait_s: float | None, now_s: float) -> bool:
+    """Return whether a gate is closed for as long as is asked for, or was just now for as good as no time."""
+    if wait_s is None:
+        return now_s < before.until_s
+    if now_s - before.at_s < _SOON_S and wait_s < _SOON_S:
+        return True
+    return wait_s <= (before.until_s - now_s) * _SAME
 
 
 def _closing(model: str, wait_s: float, pace: float) -> tuple[Budget, int]:

@@ -24,10 +24,10 @@ _DURATION = re.compile(
     rb"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d{1,9})?)s)?(?:(\d{1,9}(?:\.\d{1,9})?)ms)?"
 )
 _SECONDS = re.compile(rb"\d{1,9}(?:\.\d{1,9})?")
-_WORDED_WAIT = re.compile(
-    r"(?:try again in|retry after) ((?:\d+h)?(?:\d+m)?(?:\d+(?:\.\d+)?s)?(?:\d+(?:\.\d+)?ms)?)(\d+ sec)?"
-)
-_WORDED_SIZES = re.compile(r"Limit:? (\d+),.*Requested:? (\d+)")
+_WORDED_WAIT = re.compile(r"(?:try again in|retry after) (?:(\d+) sec|((?:[\d.]{1,20}(?:h|ms?|s))+))")
+_WORDED_SIZES = re.compile(r"Limit:? (\d{1,18}),.*Requested:? (\d{1,18})\b")
+_MOST_WORDS = 2000
+"""So much of a message is looked at: whoever writes one that is far longer does not word a wait."""
 
 QUOTA_CODES = frozenset(
     (
@@ -114,7 +114,7 @@ def read_refusal(
         now_s: The time since the epoch, for a field that tells a date.
     """
     error = _error_of(body)
-    code, kind, message = (_text(error, name) for name in ("code", "type", "message"))
+    code, kind, message = (_text(error, name)[:_MOST_WORDS] for name in ("code", "type", "message"))
     if code in QUOTA_CODES or kind in QUOTA_CODES:
         return Refusal(Kind.PAY, code or kind, None)
     sizes = _WORDED_SIZES.search(message)
@@ -138,9 +138,7 @@ def _wait_s(in_ms: Sequence[bytes], plain: Sequence[bytes], message: str, now_s:
     worded = _WORDED_WAIT.search(message)
     if worded is None:
         return None
-    if worded[2]:
-        return float(worded[2].removesuffix(" sec"))
-    return duration_s(worded[1].encode())
+    return duration_s(f"{worded[1]}s".encode() if worded[1] else worded[2].encode())
 
 
 def _error_of(body: bytes) -> dict[str, Any]:
@@ -193,7 +191,10 @@ def read_page(body: bytes) -> tuple[list[AdminLimit], str | None]:
     Raises:
         ValueError: It is no such page.
     """
-    page = msgspec.json.decode(body)
+    try:
+        page = msgspec.json.decode(body)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(page, dict) or not isinstance(page.get("data"), list):
         raise ValueError("it is not a list of limits")
     limits = [limit for entry in page["data"] for limit in _limits_of(entry)]

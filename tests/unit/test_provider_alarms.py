@@ -1,0 +1,254 @@
+"""What the operator is told of the provider: that it wants to be paid, that somebody else spends; and who asks it."""
+
+import logging
+import os
+import random
+
+import pytest
+
+from tests.house import House
+from tests.mirror import Mirror
+from tokenguard._bucket import BucketTable
+from tokenguard.backends import workers
+from tokenguard.backends.memory import MemoryBackend
+from tokenguard.backends.workers import counted, join
+from tokenguard.metrics import Metrics
+from tokenguard.provider_limits.alarms import OTHERS, STALE_S, Alarms, Others
+
+NOW_S = 1_790_000_000
+NOBODY = 2**22 - 1
+"""A process that is not there."""
+
+
+@pytest.fixture
+def table():
+    return BucketTable(16)
+
+
+def in_row_of(table, pid, began=1):
+    """Count in the first row, which is another process's."""
+    table.hold_row(0, pid, began, workers.STATES)
+
+
+def a_living_process():
+    """Return a process beside this one, and when it began."""
+    return os.getppid(), workers._began(os.getppid())
+
+
+# --- it wants to be paid ------------------------------------------------------------------------------------
+
+
+def test_alarm_stands_until_a_call_is_answered(table, caplog):
+    """One line when it begins, one when it ends; and both are told of by every process of the node."""
+    join(table)
+    mine, others = Alarms(table), Alarms(table)
+
+    mine.raise_("insufficient_quota", NOW_S)
+    mine.raise_("insufficient_quota", NOW_S + 5)
+    assert mine.standing(NOW_S + 5) == others.standing(NOW_S + 5) == ["insufficient_quota"]
+    assert (mine.raised, others.raised) == (True, False)
+
+    mine.clear()
+    mine.clear()
+    assert mine.standing(NOW_S + 5) == others.standing(NOW_S + 5) == []
+    assert [record.levelno for record in caplog.records] == [logging.ERROR, logging.WARNING]
+
+
+def test_alarm_ends_by_itself(table):
+    """Five minutes after the provider said so last, nobody knows whether it still holds."""
+    join(table)
+    alarms = Alarms(table)
+    alarms.raise_("insufficient_quota", NOW_S)
+    alarms.raise_("insufficient_quota", NOW_S + 100)
+
+    assert alarms.standing(NOW_S + 100 + STALE_S - 1) == ["insufficient_quota"]
+    assert alarms.standing(NOW_S + 100 + STALE_S) == []
+
+
+def test_several_codes_stand_beside_each_other(table):
+    """Each is told of, in order, and an answered call ends all; what is no known code counts as the first."""
+    join(table)
+    alarms = Alarms(table)
+    for code in ("project_spend_limit_exceeded", "what else", "credit_balance_exhausted"):
+        alarms.raise_(code, NOW_S)
+
+    assert alarms.standing(NOW_S) == [
+        "credit_balance_exhausted",
+        "insufficient_quota",
+        "project_spend_limit_exceeded",
+    ]
+    alarms.clear()
+    assert alarms.standing(NOW_S) == []
+
+
+def test_alarm_of_a_process_that_is_no_more_is_none(table):
+    """What nobody can end any more does not stand."""
+    in_row_of(table, NOBODY)
+    Alarms(table).raise_("insufficient_quota", NOW_S)
+    table.hold_row(1, *a_living_process())
+
+    assert Alarms(table).standing(NOW_S) == []
+
+
+def test_alarm_of_another_process_stands(table):
+    """A worker tells of what another one was told."""
+    in_row_of(table, *a_living_process())
+    Alarms(table).raise_("insufficient_quota", NOW_S)
+    join(table)
+
+    assert Alarms(table).standing(NOW_S) == ["insufficient_quota"]
+
+
+def test_alarm_in_a_row_that_was_somebody_elses_ends_too(table):
+    """A process that takes the row of one that died with an alarm does not add its own time to that one's."""
+    in_row_of(table, NOBODY)
+    Alarms(table).raise_("insufficient_quota", NOW_S)
+    join(table)
+    alarms = Alarms(table)
+    alarms.raise_("insufficient_quota", NOW_S + 1000)
+
+    assert alarms.standing(NOW_S + 1000) == ["insufficient_quota"]
+    assert alarms.standing(NOW_S + 1000 + STALE_S) == []
+    alarms.clear()
+    assert alarms.standing(NOW_S + 1000) == []
+
+
+# --- somebody else spends -----------------------------------------------------------------------------------
+
+
+def spends(others, seconds, per_s, *, start_s=0, moved=0, model="m", limit=100_000):
+    """Lower our level of a model's bucket ten times a second, as others spend."""
+    for step in range(seconds * 10):
+        moved -= per_s // 10
+        others.spent(model, per_s // 10, moved, limit, start_s + step / 10)
+    return moved
+
+
+def test_others_are_told_of_once_they_have_spent_for_long(table, caplog):
+    """A notable amount, for some time, with its rate; in one line, and until it is long past."""
+    others = Others(table)
+    moved = spends(others, 15, 500)
+    assert others.look(15) == {}
+
+    spends(others, 285, 500, start_s=15, moved=moved)
+    assert others.look(300)["m"] == pytest.approx(30_000, rel=0.05)
+    assert len(caplog.records) == 1
+    assert others.look(900) == {}
+
+
+def test_little_is_not_worth_telling(table):
+    """Less than a twentieth of the limit, or than a thousand tokens per minute, is none."""
+    others = Others(table)
+    spends(others, 300, 80, limit=100_000)
+    spends(others, 300, 10, model="small", limit=1000)
+
+    assert others.look(300) == {}
+
+
+def test_what_is_given_back_was_nobody_elses(table):
+    """Where our level is lowered and raised again, nobody else has spent."""
+    others, moved, rnd = Others(table), 0, random.Random(7)
+    for step in range(3000):
+        fewer = rnd.randrange(1000)
+        others.spent("m", fewer, moved - fewer, 100_000, step / 10)
+
+    assert others.look(300) == {}
+
+
+def test_models_that_others_spend_of_are_bounded(table):
+    """A caller who makes models up does not fill the memory."""
+    others = Others(table)
+    for number in range(2000):
+        others.spent(f"m{number}", 5000, -5000, 10_000, number / 100)
+
+    assert others.look(20) == {}
+
+
+def test_what_others_spend_is_shown_of_all_processes(table):
+    """The node's metric adds up what its processes saw, and forgets one that is no more."""
+    metrics = Metrics(MemoryBackend(table))
+    in_row_of(table, *a_living_process())
+    spends(Others(table), 100, 500)
+    join(table)
+    spends(Others(table), 100, 500)
+    shown = counted(table)[OTHERS]
+    assert shown > 30_000
+    assert f"{OTHERS.decode()} {float(shown)}" in metrics.exposition(None)[1].decode()
+
+    in_row_of(table, NOBODY)
+    assert counted(table)[OTHERS] == pytest.approx(shown / 2, abs=1)
+
+
+@pytest.mark.parametrize("counting", ["openai", "azure", "usage"])
+@pytest.mark.parametrize("load", [0.2, 3.0])
+def test_nobody_is_accused_while_nobody_else_spends(table, counting, load):
+    """Calls in any order, of any length, whose estimates are too low more often than not, are nobody else's."""
+    told = _seen(Mirror(3, counting, load=load, long=0.2, estimates=(0.7, 1.2)), table)
+
+    assert not any(told)
+
+
+@pytest.mark.parametrize("counting", ["openai", "azure"])
+def test_somebody_who_spends_much_is_found(table, counting):
+    """Two fifths of the limit, beside a third of our own."""
+    told = _seen(Mirror(3, counting, load=0.3, others=0.4), table)
+
+    assert max(sum(models.values()) for models in told) > 5000
+
+
+def _seen(mirror, table):
+    """Run a simulation; return what was told of others after every answer."""
+    others, told, answers = Others(table), [], mirror.answers
+
+    def seen(now_us, sent):
+        room = sent.reservation.plan.tokens_room
+        before = room.moved
+        answers(now_us, sent)
+        if room.moved < before:
+            others.spent("m", before - room.moved, room.moved, mirror.limit, now_us / 1e6)
+        told.append(others.look(now_us / 1e6))
+
+    mirror.answers = seen
+    mirror.run(180)
+    return told
+
+
+# --- whose turn it is ---------------------------------------------------------------------------------------
+
+
+def test_one_of_many_may(table):
+    """Of all who share the table one may, and again only once the time is over."""
+    join(table)
+    first, second = MemoryBackend(table), MemoryBackend(table)
+
+    assert [backend.claim("it", 10, NOW_S + 0.5) for backend in (first, second, first)] == [True, False, False]
+    assert not second.claim("it", 10, NOW_S + 9)
+    assert second.claim("it", 10, NOW_S + 11)
+    assert not first.claim("it", 10, NOW_S + 11)
+
+
+def test_turns_of_different_things_are_apart(table):
+    """What is claimed is claimed for itself."""
+    backend = MemoryBackend(table)
+
+    assert backend.claim("this", 10, NOW_S)
+    assert backend.claim("that", 10, NOW_S)
+
+
+def test_turn_of_a_process_that_is_no_more_is_over_in_time(table):
+    """Whoever takes the row of a process that had claimed something claims it for no longer than it says."""
+    in_row_of(table, NOBODY)
+    assert MemoryBackend(table).claim("it", 10, NOW_S)
+    join(table)
+    backend = MemoryBackend(table)
+
+    assert not backend.claim("it", 10, NOW_S + 5)
+    assert backend.claim("it", 10, NOW_S + 20)
+    assert backend.claim("it", 10, NOW_S + 40)
+
+
+def test_turn_is_had_by_who_never_joined():
+    """A table of one process needs no row."""
+    backend = House().backend
+
+    assert [backend.claim("it", 10, NOW_S + at) for at in (0, 5, 15, 30)] == [True, False, True, True]
