@@ -2,7 +2,7 @@
 
 cimport cython
 
-cdef long long _RISE, _OVERDONE
+cdef long long _RISE, _OVERDONE, _AMPLE
 cdef double PERIOD_S
 
 
@@ -10,6 +10,7 @@ cdef double PERIOD_S
 cdef class Headroom:
     cdef readonly bint known
     cdef readonly long long moved
+    cdef public long long kept
     cdef long long _room
     cdef long long _turns
     cdef long long _heard

@@ -17,6 +17,7 @@ _RISE = 4
 """An answer's word that the headroom has grown is believed to one part in so many; that it has shrunk, at once."""
 _OVERDONE = 2
 """Our level is lowered by so many times of what it is too high: what it missed, calls under way may miss too."""
+_AMPLE = 2**52
 
 PERIOD_S = 2.0
 """Calls are counted for so long at a time."""
@@ -31,11 +32,13 @@ class Headroom:
         known: Whether the provider has told what remains.
         moved: How many tokens our level has been raised by on the provider's word, in all; lowering counts below
             zero. What a reservation saw before and what is seen after differ by this.
+        kept: By so many tokens at most it is lowered beyond what was too high.
     """
 
     def __init__(self) -> None:
         self.known = False
         self.moved = 0
+        self.kept = _AMPLE
         self._room = 0
         self._turns = 0
         self._heard = 0
@@ -60,7 +63,7 @@ class Headroom:
         room = remaining - level - (self.moved - moved)
         fewer = 0
         if room < 0:
-            fewer = -room * _OVERDONE
+            fewer = -room + min(-room * (_OVERDONE - 1), self.kept)
             self.moved -= fewer
             self._room = room + fewer
         elif self.known and room > self._room:

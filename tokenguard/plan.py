@@ -54,6 +54,10 @@ class Plan:
         self._counts = tuple([_count(budget.name) for budget in self.budgets])
         self._theirs = _THEIRS in self._counts
         self._kept = 0 if self.tokens_at < 0 else self.budgets[self.tokens_at].scale.capacity // _KEPT
+        if tokens_room is not None:
+            tokens_room.kept = self._kept
+        if requests_room is not None:
+            requests_room.kept = self.budgets[self.requests_at].scale.capacity // _KEPT
         self._small = min(
             [_half(self.budgets[i].scale) for i in range(len(self.budgets)) if self._counts[i] <= _THEIRS],
             default=0,

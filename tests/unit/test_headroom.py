@@ -240,7 +240,7 @@ def test_less_than_we_think_lowers_only_the_bucket_that_was_told_of():
     call = asks(house, 10, 300, 900)
 
     assert call.lowering(9000, -1) == (200, 0, 0)
-    assert asks(house, 0, 1, 1).lowering(-1, 40) == (0, 16, 0)
+    assert asks(house, 0, 1, 1).lowering(-1, 40) == (0, 9, 0)
 
 
 def test_plans_of_all_callers_share_what_is_known():

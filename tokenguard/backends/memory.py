@@ -93,10 +93,11 @@ class MemoryBackend:
         name = f"claimed\x1f{what}".encode()
         with changing(self.table):
             mine = self.table.tally(name)
-            claimed_s = self.table.tallies()[name]
-            if now_s - max(claimed_s) < for_s:
+            claimed_ms = self.table.tallies()[name]
+            if now_s - max(claimed_ms) / 1000 < for_s:
                 return False
-            mine.add(int(now_s) - claimed_s[row_of(self.table)])  # a row may be that of a process that is no more
+            before_ms = claimed_ms[row_of(self.table)]  # of a process that is no more, it may be
+            mine.add(int(now_s * 1000) - before_ms)
             return True
 
     def refresh(self) -> None:
@@ -143,6 +144,18 @@ class MemoryBackend:
                 ):  # the budget is there; its level is, within a second, or it is said
                     self._keeper.save(self._budgets())
 
+    def put_soon(self, budget: Budget, level: int, now_us: int | None = None) -> None:
+        """Set an explicit budget at once; on the disk it is with the levels.
+
+        Raises:
+            TableFull: There is no room for it, or for its level; nothing was changed.
+            TableBusy: Others have been changing budgets for over ten seconds; nothing was changed.
+        """
+        name, scale = budget
+        with changing(self.table):
+            record = self._fitting_record(name, scale)
+            self.table.configure(name.key, scale, level, now_us, record)
+
     def drop(self, name: BucketName, default: Budget | None, now_us: int | None = None) -> None:
         """Remove an explicit budget.
 
@@ -164,11 +177,8 @@ class MemoryBackend:
 
     def _change(self, name: BucketName, scale: Scale | None, apply: Callable[[bytes], None]) -> None:
         """Put a change on the disk, then into the table; nobody else changes anything meanwhile."""
+        record = self._fitting_record(name, scale)
         before = self._budgets()
-        record = record_of(name, scale)
-        if self.table.log_room - len(record) < _RESERVE_BYTES:
-            self.table.rewrite(before.records)
-            self._check_room(before, name, record)
         self._keeper.save(before.changed(None, [(name, scale)]))
         try:
             apply(record)
@@ -176,6 +186,15 @@ class MemoryBackend:
             with suppress(StateUnwritable):
                 self._keeper.save(before)
             raise
+
+    def _fitting_record(self, name: BucketName, scale: Scale | None) -> bytes:
+        """Return a change as the log takes it; make room for it."""
+        record = record_of(name, scale)
+        if self.table.log_room - len(record) < _RESERVE_BYTES:
+            before = self._budgets()
+            self.table.rewrite(before.records)
+            self._check_room(before, name, record)
+        return record
 
     def _check_room(self, before: Mirror, name: BucketName, record: bytes) -> None:
         """Refuse to let the budgets grow into what is kept for removing them."""

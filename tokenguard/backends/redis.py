@@ -298,6 +298,32 @@ class RedisBackend:
         text = scale_text(budget.scale)
         self._thread.run(self._configure(budget.name, text, text, level, now_us))
 
+    def put_soon(self, budget: Budget, level: int, now_us: int | None = None) -> asyncio.Future[Any] | None:
+        """Set an explicit budget by one script call; the mirror hears of it with the next reserve.
+
+        Raises:
+            BackendDown: Redis is not to be had, and there is no event loop to tell later.
+        """
+        work = self._put_soon(budget, level, now_us)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._thread.run(work)
+            return None
+        return loop.create_task(work)
+
+    async def _put_soon(self, budget: Budget, level: int, now_us: int | None) -> None:
+        text = scale_text(budget.scale)
+        lane = self._lane()
+        if lane.trouble is not None:
+            raise BackendDown("The budget is not changed", lane.trouble)
+        try:
+            done, *_ = await lane.run(CONFIGURE, *self._change(budget.name, text, text, level, now_us))
+        except LinkLost as error:
+            raise BackendDown("Whether the budget is changed is not known", str(error)) from None
+        if done < 0:  # there are no budgets yet
+            await self._configure(budget.name, text, text, level, now_us)
+
     def drop(self, name: BucketName, default: Budget | None, now_us: int | None = None) -> None:
         """Remove an explicit budget.
 
@@ -309,13 +335,19 @@ class RedisBackend:
         if not self._thread.run(self._configure(name, "", then, None, now_us)):
             raise BudgetNotFound(f"there is no budget for {name}")
 
+    def _change(
+        self, name: BucketName, explicit: str, then: str, level: int | None, now_us: int | None
+    ) -> tuple[tuple[bytes, ...], tuple[Any, ...]]:
+        """Return the keys and arguments of ``lua/configure.lua``."""
+        keys = (*self._realm.budgets_keys, self._realm.bucket_key(name))
+        optional = ["" if value is None else str(value) for value in (level, now_us)]
+        return keys, (name.key, explicit, then, optional[0], secrets.token_hex(8), optional[1])
+
     async def _configure(
         self, name: BucketName, explicit: str, then: str, level: int | None, now_us: int | None
     ) -> bool:
         """Change one budget; return False if there was nothing to remove."""
-        keys = (*self._realm.budgets_keys, self._realm.bucket_key(name))
-        optional = ["" if value is None else str(value) for value in (level, now_us)]
-        args = (name.key, explicit, then, optional[0], secrets.token_hex(8), optional[1])
+        keys, args = self._change(name, explicit, then, level, now_us)
         for _ in range(2):
             lane = await self._refresh()  # and so there are budgets to change
             try:

@@ -22,7 +22,7 @@ AGREEING = 3
 """So many answers in a row must tell another limit before it is believed."""
 
 STEADY_S = 10.0
-"""How long a limit that was believed stands at least."""
+"""How long a limit that was believed stands at least before a higher one is."""
 
 T = TypeVar("T")
 
@@ -129,7 +129,8 @@ class Learned:
         if doubt is not None and doubt.told != after:
             self._count("flapping")
         _keep(self._doubts, name, _Doubt(after, times))
-        return times < AGREEING or since_s < STEADY_S
+        rises = before is not None and after.scale.rate > before.scale.rate
+        return times < AGREEING or (rises and since_s < STEADY_S)
 
     def _believe(
         self, name: BucketName, before: Budget | None, after: Budget, remaining: int, now_s: float
@@ -194,8 +195,8 @@ class Learned:
             self._budgets.put(after, level)
             return
         if known.budget.scale != after.scale:
-            rises = known.budget.scale.capacity < after.scale.capacity
-            self._budgets.put(after, known.level if rises else None)
+            # What remains has lowered the level already; what was used does not count twice.
+            self._budgets.put(after, min(known.level, after.scale.capacity))
 
     def _remove(self, name: BucketName) -> None:
         with suppress(BudgetNotFound):  # that is what was wanted

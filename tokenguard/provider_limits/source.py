@@ -122,7 +122,8 @@ class ProviderSource:
 
     def _plain(self, text: str) -> str:
         """Return a text without any secret of ours that it may repeat."""
-        secrets = [self._account.admin_key, *(value.decode() for _, value in self._account.credentials)]
+        secrets = [self._account.admin_key]
+        secrets += [value.decode() for name, value in self._account.credentials if name == b"authorization"]
         for secret in secrets:
             if secret:
                 text = text.replace(secret.removeprefix("Bearer "), "…")
