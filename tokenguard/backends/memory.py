@@ -14,7 +14,7 @@ from tokenguard._bucket import BucketTable, Handle, Outcome
 from tokenguard.backends.keeper import Keeper
 from tokenguard.backends.mirror import NOTHING, Mirror, read_records, record_of
 from tokenguard.backends.state import StateFile
-from tokenguard.backends.workers import changing, leave, row_of
+from tokenguard.backends.workers import changing, leave, state
 from tokenguard.errors import BudgetNotFound, StateUnwritable, TableFull
 from tokenguard.model import BucketName, Budget, Scale, Scope
 
@@ -92,11 +92,9 @@ class MemoryBackend:
         """Return whether it is for this process of the node to do something now."""
         name = f"claimed\x1f{what}".encode()
         with changing(self.table):
-            mine = self.table.tally(name)
-            claimed_s = self.table.tallies()[name]
-            if now_s - max(claimed_s) < for_s:
+            if now_s - max(self.table.tallies().get(name, (0,))) < for_s:
                 return False
-            mine.add(int(now_s) - claimed_s[row_of(self.table)])  # a row may be that of a process that is no more
+            state(self.table, name, int(now_s))
             return True
 
     def refresh(self) -> None:

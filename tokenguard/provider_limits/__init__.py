@@ -1,8 +1,8 @@
 """The provider's own limits: learned, mirrored by budgets of ours, and obeyed.
 
-The header fields of every answer tell them, and the admin API if there is a key for it. What is learned is a budget of
-the global scope, for one model and meter, which binds beside those that are set by hand; see ``headroom`` for how the
-levels follow. A refusal of the provider's closes a gate, or raises an alarm.
+The header fields of every answer tell them, and the admin API if there is a key for it. What is learned is a
+budget of the global scope, for one model and meter, which binds beside those that are set by hand; see ``headroom``
+for how the levels follow. A refusal of the provider's closes a gate, or raises an alarm.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from tokenguard._heads import Told as Head
 from tokenguard.backends import Backend
 from tokenguard.backends.workers import living
 from tokenguard.budgets import Budgets, BudgetState
-from tokenguard.errors import BackendDown, InvalidRequest, ProviderError, TokenGuardError
+from tokenguard.errors import InvalidValue, ProviderError, TokenGuardError
 from tokenguard.headroom import Pace
-from tokenguard.model import BucketName, Budget, Meter, Source, checked_name
+from tokenguard.model import BucketName, Meter, Source, checked_name
 from tokenguard.plan import Plan
 from tokenguard.provider_limits.alarms import Alarms, Others
 from tokenguard.provider_limits.background import Background
 from tokenguard.provider_limits.gates import Gates
-from tokenguard.provider_limits.learned import Change, Learned, Told, window_of
+from tokenguard.provider_limits.learned import Change, Learned, limits_of
 from tokenguard.provider_limits.source import ProviderSource
 from tokenguard.providers.limits import Kind, read_refusal
 
@@ -76,7 +77,12 @@ class ProviderLimits:
     """
 
     def __init__(
-        self, backend: Backend, budgets: Budgets, source: ProviderSource, count: Callable[[str], None], interval_s: float
+        self,
+        backend: Backend,
+        budgets: Budgets,
+        source: ProviderSource,
+        count: Callable[[str], None],
+        interval_s: float,
     ) -> None:
         self.pace = Pace()
         self._backend = backend
@@ -121,15 +127,10 @@ class ProviderLimits:
             self._count("unusable" if head.limits else "missing")
             return
         now_s = time.perf_counter()
-        for meter, limit, left in (
-            (Meter.TOKENS, head.tokens_limit, head.tokens_left),
-            (Meter.REQUESTS, head.requests_limit, head.requests_left),
-        ):
-            if limit > 0:
-                told = Told(limit, left, head.reset(meter is Meter.TOKENS))
-                change = self._learned.hear(model, meter, told, now_s)
-                if change is not None:
-                    self._carry_out(lambda change=change: self._apply(change))
+        for meter, told in limits_of(head):
+            change = self._learned.hear(model, meter, told, now_s)
+            if change is not None:
+                self._carry_out(partial(self._apply, change))
 
     def lowered(self, model: str, deltas: tuple[int, ...], plan: Plan) -> None:
         """Take in by how much the buckets of a call had to be lowered."""
@@ -195,7 +196,7 @@ class ProviderLimits:
     def _read(self) -> list[Change]:
         try:
             changes = list(self._learned.read(self._source.read()))
-        except InvalidRequest as error:
+        except InvalidValue as error:
             raise ProviderError(f"the provider tells limits that cannot be used: {error}") from None
         self._read_s = time.perf_counter()
         return changes
@@ -204,14 +205,7 @@ class ProviderLimits:
         head = Head(self._source.probe(model))
         if head.limits != _USABLE:
             raise ProviderError(f"the provider's answer for {model} tells no limits that can be used")
-        changes = []
-        for meter, limit, left in (
-            (Meter.TOKENS, head.tokens_limit, head.tokens_left),
-            (Meter.REQUESTS, head.requests_limit, head.requests_left),
-        ):
-            if limit > 0:
-                changes += self._learned.probed(model, meter, Told(limit, left, head.reset(meter is Meter.TOKENS)))
-        return changes
+        return [change for meter, told in limits_of(head) for change in self._learned.probed(model, meter, told)]
 
     def _entries(self, changes: dict[BucketName, Change], *, dry_run: bool) -> list[Entry]:
         states = {state.budget.name: state for state in self._learned.states()}
@@ -264,7 +258,9 @@ class ProviderLimits:
     def trouble(self) -> str | None:
         """Return what the operator has to see to, if anything."""
         codes = self._alarms.standing(int(time.time()))
-        return f"the provider refuses calls until somebody sees to the account: {', '.join(codes)}" if codes else None
+        if not codes:
+            return None
+        return f"the provider refuses calls until somebody sees to the account: {', '.join(codes)}"
 
     def shown(self) -> dict[str, object]:
         """Return how things are with the provider, for ``GET /``."""

@@ -6,8 +6,8 @@ import logging
 import math
 import threading
 
-from tokenguard._bucket import BucketTable, Tally
-from tokenguard.backends.workers import living, row_of
+from tokenguard._bucket import BucketTable
+from tokenguard.backends.workers import living, state
 from tokenguard.providers.limits import QUOTA_CODES
 
 STALE_S = 300
@@ -34,7 +34,7 @@ class Alarms:
     def __init__(self, table: BucketTable) -> None:
         self._table = table
         self._lock = threading.Lock()
-        self._tallies: dict[str, Tally] = {}
+        self._told: set[str] = set()
         self.raised = False
 
     def raise_(self, code: str, now_s: int) -> None:
@@ -43,7 +43,8 @@ class Alarms:
             code = "insufficient_quota"
         with self._lock:
             new = not self.standing(now_s)
-            self._set(code, now_s)
+            self._told.add(code)
+            state(self._table, _name(code), now_s)
             self.raised = True
         if new:
             _log.error("the provider refuses calls until somebody sees to the account: %s", code)
@@ -54,15 +55,9 @@ class Alarms:
             if not self.raised:
                 return
             self.raised = False
-            for code in self._tallies:
-                self._set(code, 0)
+            for code in self._told:
+                state(self._table, _name(code), 0)
         _log.warning("the provider answers calls again")
-
-    def _set(self, code: str, told_s: int) -> None:
-        if code not in self._tallies:
-            self._tallies[code] = self._table.tally(_name(code))
-        before_s = self._table.tallies()[_name(code)][row_of(self._table)]  # of a process that is no more, it may be
-        self._tallies[code].add(told_s - before_s)
 
     def standing(self, now_s: int) -> list[str]:
         """Return the codes that a process of the node was told lately."""
@@ -125,8 +120,8 @@ class Others:
             if not spending.told and spending.rate >= notable and now_s - spending.began_s >= self.LASTING_S:
                 spending.told = True
                 _log.warning(
-                    "somebody else uses the provider's key: of %s about %d tokens per minute are spent beside what "
-                    "goes through here",
+                    "somebody else uses the provider's key: of %s about %d tokens per minute are spent beside "
+                    "what goes through here",
                     model,
                     spending.rate,
                 )

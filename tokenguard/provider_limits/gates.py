@@ -2,8 +2,8 @@
 
 A gate is a budget of the global scope like any other, so that it closes for all processes and nodes that share
 budgets, at once: its bucket is put so far below zero that it takes as long as the provider asks for until a call
-passes. It opens gently, for it fills no faster than calls were answered before; once that has gone well for a while it
-is removed.
+passes. It opens gently, for it fills no faster than calls were answered before; once that has gone well for a
+while it is removed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from tokenguard import arithmetic
-from tokenguard.backends.workers import living
 from tokenguard.budgets import Budgets
 from tokenguard.errors import BudgetNotFound, TokenGuardError
 from tokenguard.headroom import Pace

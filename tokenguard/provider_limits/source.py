@@ -98,7 +98,13 @@ class ProviderSource:
         return httpx.Client(headers=fields, timeout=self._timeout_s, follow_redirects=False)
 
     def _ask(
-        self, client: httpx.Client, method: str, path: str, *, params: dict[str, str] | None = None, content: str = ""
+        self,
+        client: httpx.Client,
+        method: str,
+        path: str,
+        *,
+        params: dict[str, str] | None = None,
+        content: str = "",
     ) -> httpx.Response:
         url = httpx.URL(self._account.base_url)
         url = url.copy_with(path=url.path.rstrip("/") + path)
@@ -110,7 +116,7 @@ class ProviderSource:
             why = str(error) or type(error).__name__
             raise ProviderError(f"the provider cannot be asked {method} {path}: {self._plain(why)}") from None
         if not 200 <= answer.status_code < 300:
-            said = self._plain(error_text(answer.content))
+            said = error_text(self._plain(answer.text).encode())
             raise ProviderError(f"the provider answered {answer.status_code} to {method} {path}: {said}")
         return answer
 
