@@ -33,7 +33,7 @@ SETTINGS = {
     "TOKENGUARD_MAX_BODY_BYTES": MAX_BODY_BYTES,
     "TOKENGUARD_PROVIDER_LIMITS": "off",
 }
-"""What both servers are started with: fixed grants, so that every token can be accounted for, and none that is learned."""
+"""What both servers are started with: fixed grants, so that every token can be accounted for; none is learned."""
 
 PROBE_ID = b"the-probe"
 PROBE = b"GET /probe HTTP/1.1\r\nhost: x\r\nx-request-id: %b\r\n\r\n" % PROBE_ID
