@@ -97,9 +97,10 @@ class HastyNode(Node):
     timeout_s = TIMEOUT_S
 
 
-def until(condition, otherwise):
-    """Wait for what must happen soon."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
+def until(condition, otherwise, patience_s=PATIENCE_S):
+    """Wait for what must happen soon; return it."""
+    deadline = time.monotonic() + patience_s
+    while not (happened := condition()):
         assert time.monotonic() < deadline, otherwise
         time.sleep(0.01)
+    return happened

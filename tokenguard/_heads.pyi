@@ -60,7 +60,7 @@ class Told:
         events: Whether the body is server-sent events.
         typed: Whether there is a content-type.
         measured: Whether there is a content-length, or one that has not been dropped.
-        limits: What the provider tells of its own limits: 0 nothing, 1 what can be used, 2 something that cannot be.
+        limits: What the provider tells of its own limits: 0 nothing, 1 what can be used, 2 what cannot.
         requests_limit: The limit on requests; -1 if it is not told, or makes no sense.
         requests_left: What remains of it, likewise.
         tokens_limit: The limit on tokens, of those that are told the tightest; likewise.

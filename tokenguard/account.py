@@ -24,11 +24,13 @@ class Account:
         model: Which model.
         stream: Whether a stream was asked for.
         estimate: Tokens that the call was expected to take, and that were reserved if it was admitted.
+        prompt_estimate: How many of them for the prompt.
         admitted: Whether every bucket on its path passed.
         refused_by: The binding bucket of a refusal.
         outcome: What became of the reservation; None as long as it is open, or if there was none.
         charged: Tokens that the call was charged in the end.
         usage_told: Whether they are what the provider told.
+        prompt: How many of them the prompt took, if it told.
         forgiven: Tokens that fell below the floor of a bucket's debt, summed over the buckets.
         status: What the caller was answered; 499 if it hung up first, 0 as long as it is open.
         upstream_status: What the provider answered; None if it did not.
@@ -43,11 +45,13 @@ class Account:
         self.model: str | None = None
         self.stream = False
         self.estimate = 0
+        self.prompt_estimate = 0
         self.admitted = False
         self.refused_by: BucketName | None = None
         self.outcome: Outcome | None = None
         self.charged = 0
         self.usage_told = False
+        self.prompt = 0
         self.forgiven = 0
         self.status = 0
         self.upstream_status: int | None = None

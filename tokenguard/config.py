@@ -279,7 +279,7 @@ def read_config(environ: Mapping[str, str]) -> Config:
     if values["OPENAI_ADMIN_KEY"] is not None and values["OPENAI_PROJECT_ID"] is None:
         raise InvalidSetting(
             "OPENAI_PROJECT_ID",
-            "OPENAI_PROJECT_ID must be set where OPENAI_ADMIN_KEY is: limits are read project by project; got nothing",
+            "OPENAI_PROJECT_ID must be set where OPENAI_ADMIN_KEY is: limits are a project's; got nothing",
         )
     if values["TOKENGUARD_REDIS_DOWN"] == "share" and values["TOKENGUARD_NODES"] is None:
         raise InvalidSetting(

@@ -1,9 +1,12 @@
 """How many tokens a call will take, before it is made: learned from what like calls took.
 
-The prompt's size is known in bytes; how many bytes make a token depends on the language and the kind of text.
-How long the answer will be is not known at all; what like calls took in 95 of 100 cases is reserved. Both are
-learned per model and user, and per model for users not seen yet. What is learned serves estimates alone:
-every call is settled to its real usage.
+What the prompt's text is expected to come to is told by the classes of its bytes (sizing.py); by what factor that
+is off depends on the model, the language and the kind of text, and is learned. How long the answer will be is not
+known at all; what like calls took in 95 of 100 cases is reserved.
+
+Both are learned per model and user. A user not seen yet starts from what the model's calls of the same team took,
+a team not seen yet from what all calls of the model took. What is learned serves estimates alone: every call is
+settled to its real usage.
 """
 
 from __future__ import annotations
@@ -11,17 +14,24 @@ from __future__ import annotations
 import math
 from typing import NamedTuple, TypeVar
 
+from tokenguard.sizing import TOKEN
+
 K = TypeVar("K")
 
 COLD_OUTPUT_TOKENS = 256
-COLD_BYTES_PER_TOKEN = 4.0
 MAX_TRAFFICS = 4096
-"""How many models, and how many users of models, are remembered; who has not called the longest is forgotten."""
+"""How many models are remembered, how many teams of models and how many users of models: whose last call is the
+longest ago is forgotten first."""
+LEAST_OUTPUT_TOKENS = 16
+"""What a provider counts at least for answers without a cap."""
+BYTES_PER_TOKEN = 4
+"""What a provider takes for a token before it has counted."""
 
-_FEWEST_BYTES, _MOST_BYTES = 1.0, 100.0
+_TOKEN = float(TOKEN)
+_LEAST_FACTOR, _MOST_FACTOR = 1 / 16, 4.0
 _QUANTILE = 0.95
 _PRIOR_TOKENS = 500.0
-"""How much weight the bytes per token that a kind of traffic starts with has, in tokens."""
+"""How much weight the factor that a kind of traffic starts with has, in tokens."""
 _DECAY = 0.98
 _STEP = 0.1
 """How far one answer moves the learned output at most, in powers of two, once it has settled."""
@@ -40,7 +50,10 @@ class Estimate(NamedTuple):
     Attributes:
         prompt: For the prompt.
         total: For the prompt and all answers.
-        most: What the provider may count against its own limits when the call comes in.
+        most: What the provider counts at most against its own limit of tokens per minute as the call comes in:
+            the prompt, taken at four bytes a token if that is more, and all that the answers may take. OpenAI
+            counts the larger of the two, Azure both. Without a cap the answers count as expected, but at least the
+            16 tokens that OpenAI takes; Azure then counts the model's maximum, which is not known here.
     """
 
     prompt: int
@@ -56,9 +69,8 @@ class Traffic:
     """
 
     def __init__(self, like: Traffic | None = None) -> None:
-        ratio = like.bytes_per_token() if like else COLD_BYTES_PER_TOKEN
-        self._bytes = ratio * _PRIOR_TOKENS
-        self._tokens = _PRIOR_TOKENS
+        self._expected = _PRIOR_TOKENS
+        self._tokens = _PRIOR_TOKENS * (like.factor() if like else 1.0)
         self._log_output = math.log2(like.output_tokens if like else COLD_OUTPUT_TOKENS)
         self.output_tokens: int = _whole(2**self._log_output)
         self._log_prior = self._log_output - _DEVIATIONS * _PRIOR_DEVIATION
@@ -66,27 +78,31 @@ class Traffic:
         self._log_mean = 0.0
         self._log_squares = 0.0
 
-    def bytes_per_token(self) -> float:
-        """Return how many bytes of text make one token, within what text can be.
+    def factor(self) -> float:
+        """Return how many times as many tokens as its bytes tell a text comes to, within what can be.
 
         Usage tells what the provider counted, which may be a prompt of its own on top, or nothing at all.
         """
-        return min(max(self._bytes / self._tokens, _FEWEST_BYTES), _MOST_BYTES)
+        return min(max(self._tokens / self._expected, _LEAST_FACTOR), _MOST_FACTOR)
 
-    def learn_prompt(self, text_bytes: int, tokens: int) -> None:
+    def learn(self, text_256ths: int, prompt_tokens: int, log_answer: float) -> None:
+        """Take in what a prompt's text came to, and an answer to it, as a power of two."""
+        self.learn_prompt(text_256ths, prompt_tokens)
+        self.learn_output(log_answer)
+
+    def learn_prompt(self, text_256ths: int, tokens: int) -> None:
         """Take in how many tokens a prompt's text came to."""
-        if text_bytes > 0 and tokens > 0:
-            self._bytes = self._bytes * _DECAY + text_bytes
+        if text_256ths > 0 and tokens > 0:
+            self._expected = self._expected * _DECAY + text_256ths / _TOKEN
             self._tokens = self._tokens * _DECAY + tokens
 
-    def learn_output(self, tokens: int) -> None:
-        """Take in how long an answer was.
+    def learn_output(self, log: float) -> None:
+        """Take in how long an answer was, as a power of two of tokens.
 
         The first answers set the quantile by their mean and deviation, as if lengths were distributed
         log-normally, so that a dozen calls leave the cold start behind; from then on it is found step by step,
         whatever the distribution (stochastic approximation).
         """
-        log = math.log2(max(1, tokens))
         self._seen += 1
         if self._seen <= _WARM_OUTPUTS:
             distance = log - self._log_mean
@@ -114,13 +130,16 @@ class Estimator:
 
     def __init__(self) -> None:
         self._models: dict[str, Traffic] = {}
+        self._teams: dict[tuple[str, str], Traffic] = {}
         self._users: dict[tuple[str, str], Traffic] = {}
 
     def estimate(
         self,
         model: str,
+        team: str | None,
         user: str,
         text_bytes: int,
+        text_256ths: int,
         extra_tokens: int,
         choices: int,
         output_cap: int | None,
@@ -129,40 +148,61 @@ class Estimator:
 
         Args:
             model: The model's name.
+            team: The caller's team, if any.
             user: The caller's id.
-            text_bytes: The prompt's text.
+            text_bytes: The size of the prompt's text.
+            text_256ths: What it is expected to come to by the classes of its bytes, in 256ths of a token.
             extra_tokens: Tokens of the prompt that do not come from its text.
             choices: How many answers are asked for.
             output_cap: The largest cap on each, in tokens.
         """
-        traffic = self._users.get((model, user)) or self._models.get(model) or _COLD
+        traffic = self._users.get((model, user))
+        if traffic is None and team is not None:
+            traffic = self._teams.get((model, team))
+        if traffic is None:
+            traffic = self._models.get(model) or _COLD
         output = traffic.output_tokens
-        if output_cap is not None and output_cap < output:
-            output = output_cap
-        prompt = _whole(text_bytes / traffic.bytes_per_token()) + extra_tokens
-        most = max(prompt, (text_bytes + 3) // 4 + extra_tokens)
-        most += choices * output_cap if output_cap is not None else max(choices * output, 16)
-        return tuple.__new__(Estimate, (prompt, prompt + choices * output, most))  # PERF: half of what its own takes
+        answers = choices * output
+        if output_cap is None:
+            most = max(answers, LEAST_OUTPUT_TOKENS)
+        else:
+            most = choices * output_cap
+            answers = min(answers, most)
+        prompt = _whole(text_256ths / _TOKEN * traffic.factor()) + extra_tokens
+        most += max(prompt, (text_bytes + BYTES_PER_TOKEN - 1) // BYTES_PER_TOKEN + extra_tokens)
+        return tuple.__new__(Estimate, (prompt, prompt + answers, most))  # PERF: half of what its own takes
 
     def learn(
-        self, model: str, user: str, text_bytes: int, prompt_tokens: int, choices: int, output_tokens: int
+        self,
+        model: str,
+        team: str | None,
+        user: str,
+        text_256ths: int,
+        prompt_tokens: int,
+        choices: int,
+        output_tokens: int,
     ) -> None:
         """Take in what a call really took.
 
         Args:
             model: The model's name.
+            team: The caller's team, if any.
             user: The caller's id.
-            text_bytes: The prompt's text; 0 if its share of the prompt is not known.
+            text_256ths: What the prompt's text was expected to come to; 0 if its share of the prompt is not known.
             prompt_tokens: What the text came to.
             choices: How many answers there were.
             output_tokens: What all answers together came to.
         """
         # Compiled, nothing comes in between: no thread sees a dictionary that another has changed by half.
-        whole = _remembered(self._models, model, None)
-        own = _remembered(self._users, (model, user), whole)
-        for traffic in (whole, own):
-            traffic.learn_prompt(text_bytes, prompt_tokens)
-            traffic.learn_output(output_tokens // choices)
+        whole = like = _remembered(self._models, model, None)
+        if team is not None:
+            like = _remembered(self._teams, (model, team), whole)
+        own = _remembered(self._users, (model, user), like)
+        log_answer = math.log2(max(1, output_tokens // choices))
+        whole.learn(text_256ths, prompt_tokens, log_answer)
+        own.learn(text_256ths, prompt_tokens, log_answer)
+        if like is not whole:
+            like.learn(text_256ths, prompt_tokens, log_answer)
 
 
 def _whole(amount: float) -> int:

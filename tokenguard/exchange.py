@@ -86,6 +86,7 @@ class Settlement:
         account.outcome = _SETTLED if tokens else _REFUNDED
         if self._usage is not None:
             account.usage_told = True
+            account.prompt = self._usage.prompt
             self._exchange.learn(self._usage)
 
     def keep(self) -> None:
@@ -208,8 +209,10 @@ class Exchange:
         model = request.model
         prompt, total, most = self._estimate = self._terms.estimator.estimate(
             model,
+            self._identity.team,
             self._identity.user,
             text_bytes=request.text_bytes,
+            text_256ths=request.text_256ths,
             extra_tokens=request.extra_tokens,
             choices=request.choices,
             output_cap=request.output_cap,
@@ -338,8 +341,9 @@ class Exchange:
         request = self._request
         self._terms.estimator.learn(
             request.model,
+            self._identity.team,
             self._identity.user,
-            text_bytes=0 if request.attachments else request.text_bytes,
+            text_256ths=0 if request.attachments else request.text_256ths,
             prompt_tokens=usage.prompt - request.extra_tokens,
             choices=request.choices,
             output_tokens=usage.completion,

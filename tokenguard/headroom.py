@@ -14,7 +14,7 @@ after it were charged and given back is not in it.
 from __future__ import annotations
 
 _RISE = 4
-"""The headroom is believed to have grown by one part in so many of what an answer tells; to have shrunk, at once."""
+"""An answer's word that the headroom has grown is believed to one part in so many; that it has shrunk, at once."""
 _OVERDONE = 2
 """Our level is lowered by so many times of what it is too high: what it missed, calls under way may miss too."""
 
@@ -22,6 +22,7 @@ PERIOD_S = 2.0
 """Calls are counted for so long at a time."""
 MAX_MODELS = 1024
 """Of so many models at most; who was first is forgotten first."""
+
 
 class Headroom:
     """Of one bucket whose limit was learned from header fields, as one process knows it.

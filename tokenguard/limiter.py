@@ -73,9 +73,7 @@ class Reservation:
             fewer_tokens = plan.tokens_room.told(tokens, level, self._tokens_moved, self._tokens_turn)
         if requests >= 0 and plan.requests_room is not None:
             level = self._outcome.level(plan.requests_at)
-            fewer_requests = plan.requests_room.told(
-                requests, level, self._requests_moved, self._requests_turn
-            )
+            fewer_requests = plan.requests_room.told(requests, level, self._requests_moved, self._requests_turn)
         if fewer_tokens == 0 and fewer_requests == 0:
             return None
         deltas = [0] * len(self.costs)

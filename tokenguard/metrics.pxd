@@ -27,16 +27,40 @@ cdef class _Histogram:
     cdef observe(self, double value)
 
 
+@cython.final
+cdef class _ModelErrors:
+    cdef object _table
+    cdef object _model
+    cdef list _tallies
+
+    @cython.locals(error=double, bound=double, within=cython.int, number=cython.int, tally=Tally)
+    cdef count(self, int of, long long estimated, long long used)
+    cpdef Tally tally(self, int of, int within)
+
+
+@cython.final
+cdef class _Errors:
+    cdef object _table
+    cdef dict _models
+    cdef _ModelErrors _other
+    cdef bint _full
+
+    @cython.locals(errors=_ModelErrors)
+    cdef _ModelErrors of(self, model)
+    cpdef _meet(self, model)
+
+
 cdef class Metrics:
     cdef object _registry
     cdef Tally _in_flight, _open, _reserved, _settled, _refunded, _overrun, _lost, _failures
     cdef _Histogram _seconds, _ratio
+    cdef _Errors _errors
     cdef _Labelled _requests, _refusals, _answers, _limits
 
     cpdef answered(self, route, int status)
     cpdef began(self)
     cpdef admitted(self, Account account)
-    @cython.locals(unused="long long")
+    @cython.locals(unused="long long", errors=_ModelErrors)
     cpdef settled(self, Account account)
     cpdef settlement_lost(self)
     cpdef upstream_answered(self, Account account)

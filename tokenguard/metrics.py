@@ -1,8 +1,8 @@
 """Counters of what happens to calls, and their exposition for Prometheus.
 
 They are tallies of the node's table, so that whichever of its processes is asked, all are told of. No label comes
-from a caller: ids and models never do, so the number of time series is bounded. When no call is running, tokens
-reserved + overrun == settled + refunded.
+from a caller but the names of models, and those only once a provider has told a usage, and of 32 at most: the
+number of time series is bounded. When no call is running, tokens reserved + overrun == settled + refunded.
 
 Source: https://prometheus.io/docs/practices/naming/
 """
@@ -48,8 +48,8 @@ _LABELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "requests": (("route", "status"), "Requests answered, by route and status."),
     "refusals": (
         ("scope", "meter"),
-        "Calls refused, by the kind of the scope whose budget did not suffice (provider: a limit of the provider's own), "
-        "and by what it counts.",
+        "Calls refused, by the kind of the scope whose budget did not suffice, or provider if the limit is the "
+        "provider's own, and by what it counts.",
     ),
     "upstream_answers": (("status",), "Answers of the provider to calls, by status."),
     "provider_limits": (("what",), "What happened to what the provider tells of its own limits, by what it was."),
@@ -64,6 +64,17 @@ _HISTOGRAMS: dict[str, tuple[tuple[float, ...], str]] = {
         "Tokens used to tokens estimated, for calls whose usage was told: below 1 too much was reserved.",
     ),
 }
+_ERROR = "estimate_error"
+_ERRORS = (-0.5, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 4.0)
+"""Errors of estimates, as parts of what was used, that calls are counted between; none is below -1."""
+_FIRST_ABOVE = _ERRORS.index(0.0) + 1
+_QUANTILES = (0.5, 0.95)
+_OF = ("prompt", "total")
+_OTHER = "other"
+MAX_MODELS = 32
+"""Of how many models errors are told apart, whichever come first; the rest counts together."""
+MAX_MODEL_BYTES = 64
+"""A model with a longer name counts with the rest: a tally's name is bounded."""
 _SEPARATOR = "\x1f"
 _MILLION = 1_000_000
 
@@ -90,6 +101,7 @@ class Metrics:
         self._failures = counts["upstream_failures"]
         self._seconds = _Histogram(table, "upstream_seconds")
         self._ratio = _Histogram(table, "estimate_ratio")
+        self._errors = _Errors(table)
         self._requests = _Labelled(table, "requests")
         self._refusals = _Labelled(table, "refusals")
         self._answers = _Labelled(table, "upstream_answers")
@@ -119,6 +131,9 @@ class Metrics:
             self._overrun.add(-unused)
         if account.usage_told and account.estimate:
             self._ratio.observe(account.charged / account.estimate)
+            errors = self._errors.of(account.model or _OTHER)
+            errors.count(0, account.prompt_estimate, account.prompt)
+            errors.count(1, account.estimate, account.charged)
 
     def settlement_lost(self) -> None:
         """Count a settlement that could not be carried out."""
@@ -186,6 +201,106 @@ class _Histogram:
         self._sum.add(int(value * _MILLION + 0.5))
 
 
+class _ModelErrors:
+    """Counts how far estimates for one model were off."""
+
+    def __init__(self, table: BucketTable, model: str) -> None:
+        self._table = table
+        self._model = model
+        self._tallies: list[Tally | None] = [None] * (len(_OF) * len(_bounds_of(_ERRORS)))
+
+    def count(self, of: int, estimated: int, used: int) -> None:
+        """Count an estimate of what stands in ``_OF`` at ``of``; what used nothing has no error."""
+        if used <= 0:
+            return
+        error = estimated / used - 1
+        within = 0
+        for bound in _ERRORS:
+            if error <= bound:
+                break
+            within += 1
+        number = of * (len(_ERRORS) + 1) + within
+        tally = self._tallies[number]
+        if tally is None:
+            tally = self._tallies[number] = self.tally(of, within)
+        tally.add()
+
+    def tally(self, of: int, within: int) -> Tally:
+        """Return what counts errors within a bound."""
+        return _tally(self._table, _ERROR, self._model, _OF[of], _bounds_of(_ERRORS)[within])
+
+
+class _Errors:
+    """The errors of estimates by model.
+
+    Whichever process is the first to meet a model takes a tally for it; which models are among the first is told
+    by the order in which all processes took theirs.
+    """
+
+    def __init__(self, table: BucketTable) -> None:
+        self._table = table
+        self._models: dict[str, _ModelErrors] = {}
+        self._other = _ModelErrors(table, _OTHER)
+        self._full = False
+
+    def of(self, model: str) -> _ModelErrors:
+        """Return what counts for a model of which a usage was told."""
+        errors = self._models.get(model)
+        if errors is None and not self._full:
+            self._meet(model)
+            errors = self._models.get(model)
+        return self._other if errors is None else errors
+
+    def _meet(self, model: str) -> None:
+        """Have a model counted apart if there is room, with those that other processes met."""
+        if model == _OTHER or len(model.encode()) > MAX_MODEL_BYTES:
+            return
+        known = _models_of(self._table)
+        if model not in known and len(known) < MAX_MODELS:
+            _ModelErrors(self._table, model).tally(0, len(_ERRORS))
+            known = _models_of(self._table)
+        for name in known:
+            if name not in self._models:
+                self._models[name] = _ModelErrors(self._table, name)
+        self._full = len(known) == MAX_MODELS
+
+
+def _models_of(table: BucketTable) -> list[str]:
+    """Return the models that are told apart."""
+    names = [tuple(name.decode().split(_SEPARATOR)) for name in table.tallies()]
+    models = dict.fromkeys(name[1] for name in names if name[0] == _ERROR and name[1] != _OTHER)
+    return list(models)[:MAX_MODELS]
+
+
+def _errors_of(told: dict[tuple[str, ...], int]) -> Iterator[tuple[tuple[str, str], list[int]]]:
+    """Yield how many errors were within each bound, by model and what was estimated, where there were any."""
+    found: dict[tuple[str, str], list[int]] = {}
+    shown = _bounds_of(_ERRORS)
+    for name, number in told.items():
+        if name[0] == _ERROR:
+            counts = found.setdefault((name[1], name[2]), [0] * len(shown))
+            counts[shown.index(name[3])] = number
+    for labels, counts in sorted(found.items()):
+        if any(counts):
+            yield labels, counts
+
+
+def _quantile(counts: list[int], quantile: float) -> float:
+    """Return what part of the errors, whichever way they go, is not above, by interpolation within bounds.
+
+    Errors above the last bound are taken for it.
+    """
+    above = counts[_FIRST_ABOVE:]
+    below = counts[:_FIRST_ABOVE][::-1] + [0] * len(above)
+    rank, least = quantile * sum(counts), 0.0
+    for bound, more, less in zip(_ERRORS[_FIRST_ABOVE:], above, below, strict=False):
+        if 0 < rank <= more + less:
+            return least + (bound - least) * rank / (more + less)
+        rank -= more + less
+        least = bound
+    return least
+
+
 def _bounds_of(bounds: tuple[float, ...]) -> list[str]:
     return [str(floatToGoString(bound)) for bound in (*bounds, float("inf"))]  # type: ignore[no-untyped-call]
 
@@ -228,6 +343,7 @@ class NodeCollector(Collector):
                 buckets=list(zip(shown, counts, strict=True)),
                 sum_value=told[name, "sum"] / _MILLION,
             )
+        yield from _estimate_errors(told)
         for kind, metrics in _BACKEND_METRICS.items():
             for name, shown_as, what in metrics:
                 if name in stats:
@@ -238,6 +354,29 @@ class NodeCollector(Collector):
         info.add_metric((__version__,), 1)
         yield info
         yield from _processes(list(workers.values()) or [os.getpid()])
+
+
+def _estimate_errors(told: dict[tuple[str, ...], int]) -> Iterator[Metric]:
+    """Yield how far estimates were off, by model: its quantiles, and the counts behind them."""
+    error = Metric(
+        "tokenguard_estimate_error",
+        "How far estimates were off whichever way, as a part of what was used, by model.",
+        "summary",
+    )
+    deviation = HistogramMetricFamily(
+        "tokenguard_estimate_deviation",
+        "Tokens estimated beyond what was used, as a part of it, by model: below 0 too little was reserved.",
+        labels=("model", "of"),
+    )
+    for (model, of), counts in _errors_of(told):
+        labels = {"model": model, "of": of}
+        for quantile in _QUANTILES:
+            error.add_sample(error.name, {**labels, "quantile": str(quantile)}, _quantile(counts, quantile))
+        error.add_sample(f"{error.name}_count", labels, sum(counts))
+        buckets = list(zip(_bounds_of(_ERRORS), accumulate(counts), strict=True))
+        deviation.add_metric((model, of), buckets, sum_value=None)
+    yield error
+    yield deviation
 
 
 def _processes(pids: list[int]) -> Iterator[Metric]:

@@ -112,7 +112,9 @@ class BucketName(NamedTuple):
     def key(self) -> bytes:
         """The name as bytes, the same in every backend."""
         parts = [self.scope.kind, self.scope.id, self.meter, self.model or ""]
-        return SEPARATOR.join(parts + [self.source] * (self.source is not None)).encode()
+        if self.source is not None:
+            parts.append(self.source)
+        return SEPARATOR.join(parts).encode()
 
     @classmethod
     def from_key(cls, key: bytes) -> BucketName:

@@ -77,12 +77,14 @@ class Plan:
         Args:
             prompt: Tokens expected for the prompt.
             total: Tokens expected for the prompt and the answers.
-            most: Tokens that the provider may count it for when it comes in, at least ``total``; None for ``total``.
+            most: Tokens that the provider may count it for when it comes in; None for ``total``.
         """
         counts = self._counts
         if most is None:
             most = total
-        if (most if self._theirs else total) <= self._small:  # PERF: the common case; row "Limiter" of test_bench_bucket
+        if (
+            most if self._theirs else total
+        ) <= self._small:  # PERF: the common case; row "Limiter" of test_bench_bucket
             return tuple([_cost(counts[i], total, most) for i in range(len(counts))])
         costs = []
         for i in range(len(counts)):
@@ -185,7 +187,11 @@ class Plans:
     def _resolve(self, identity: Identity, model: str) -> Plan:
         epoch = self._backend.epoch  # before the budgets: if one changes now, the handle is stale
         budgets = [budget for scope in identity.scopes() for budget in self._on(scope, model)]
-        rooms = {budget.name.meter: self._room(budget.name) for budget in budgets if budget.name.source is Source.HEADERS}
+        rooms = {
+            budget.name.meter: self._room(budget.name)
+            for budget in budgets
+            if budget.name.source is Source.HEADERS
+        }
         return Plan(
             budgets, self._backend.prepare(budgets, epoch), rooms.get(Meter.TOKENS), rooms.get(Meter.REQUESTS)
         )

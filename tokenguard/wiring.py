@@ -38,7 +38,6 @@ from tokenguard.provider_limits.source import Account, ProviderSource
 from tokenguard.upstream import Hop, Upstream
 from tokenguard.upstream._pool import PooledUpstream
 
-
 PROVIDER_TIMEOUT_S = 10.0
 """For the provider to tell its limits: whoever asked for them waits."""
 

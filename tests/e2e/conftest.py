@@ -19,10 +19,12 @@ import openai
 import pytest
 
 from tests.e2e.fake_openai import FakeOpenAI, Serving
+from tests.e2e.limited_openai import ADMIN_KEY, PROJECT, LimitedOpenAI
 from tests.nodes import until
 from tests.processes import children_of, group_of, has_loaded, stopped
 from tests.redis_servers import RedisServer
 
+UNLIMITED = {f"CAP_{kind}": "unlimited" for kind in ("GLOBAL", "TEAM", "USER")}
 OUR_KEY = "sk-ours-0123456789"
 THEIR_KEY = "sk-the-callers-own"
 START_SECONDS = 20
@@ -245,23 +247,36 @@ def redis_server():
         yield server
 
 
-@pytest.fixture(scope="session", params=[*DRIVERS, "uvicorn with redis", "uvicorn with workers"])
-def server(request, upstream_url, tmp_path_factory):
-    """One server of each kind for tests that need no settings of their own; the defaults are far away.
+KINDS = [*DRIVERS, "uvicorn with redis", "uvicorn with workers"]
+"""Servers of each kind, for tests of what all of them have to do alike.
 
-    NOTE: with Redis and with workers the fast lane answers, as it does by default. Falcon's path, which stands
-    behind the lane for whatever is odd, differs from it in how bytes are read and not in where buckets live, so
-    that memory is enough for it; ``test_two_paths.py`` compares the two byte for byte.
-    """
-    driver, _, more = request.param.partition(" with ")
-    start, shared = DRIVERS[driver], {}
-    if more == "workers":
-        start = partial(running_workers, workers=2)
-    elif more == "redis":  # a busy machine may hold up a batch for long, and that is no outage
-        shared = {"REDIS_URL": request.getfixturevalue("redis_server").url, "TOKENGUARD_REDIS_TIMEOUT_S": 10}
-    with start(
-        tmp_path_factory.mktemp("server"),
-        **shared,
+NOTE: with Redis and with workers the fast lane answers, as it does by default. Falcon's path, which stands
+behind the lane for whatever is odd, differs from it in how bytes are read and not in where buckets live, so
+that memory is enough for it; ``test_two_paths.py`` compares the two byte for byte.
+"""
+
+
+@pytest.fixture(scope="session")
+def start_kind(request, tmp_path_factory):
+    """Return what starts a server of a kind, with some settings."""
+
+    def start_one(kind, **settings):
+        driver, _, more = kind.partition(" with ")
+        start, shared = DRIVERS[driver], {}
+        if more == "workers":
+            start = partial(running_workers, workers=2)
+        elif more == "redis":  # a busy machine may hold up a batch for long, and that is no outage
+            shared = {"REDIS_URL": request.getfixturevalue("redis_server").url, "TOKENGUARD_REDIS_TIMEOUT_S": 10}
+        return start(tmp_path_factory.mktemp("server"), **shared, **settings)
+
+    return start_one
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def server(request, start_kind, upstream_url):
+    """One server of each kind for tests that need no settings of their own; the defaults are far away."""
+    with start_kind(
+        request.param,
         OPENAI_API_KEY=OUR_KEY,
         OPENAI_BASE_URL=upstream_url,
         CAP_GLOBAL=10**9,
@@ -271,6 +286,50 @@ def server(request, upstream_url, tmp_path_factory):
         TOKENGUARD_READ_TIMEOUT_S=5,
     ) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def _limited_server():
+    fake = LimitedOpenAI()
+    with Serving(fake) as serving:
+        yield fake, f"http://127.0.0.1:{serving.port}/v1"
+
+
+@pytest.fixture
+def provider(_limited_server):
+    """An upstream with limits of its own, as if new: it has none until a test sets some."""
+    fake, _ = _limited_server
+    fake.__init__()
+    return fake
+
+
+@pytest.fixture(scope="session")
+def behind_limits(_limited_server):
+    """What a server needs to reach that upstream, and nothing that limits anybody."""
+    return {"OPENAI_API_KEY": OUR_KEY, "OPENAI_BASE_URL": _limited_server[1], **UNLIMITED}
+
+
+@pytest.fixture(scope="session")
+def administered(behind_limits):
+    """The same, with what its admin API asks for; of its own accord the server seldom asks it."""
+    admin = {"OPENAI_ADMIN_KEY": ADMIN_KEY, "OPENAI_PROJECT_ID": PROJECT}
+    return {**behind_limits, **admin, "TOKENGUARD_SYNC_INTERVAL_S": 86_400}
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def guard(request, start_kind, administered, _limited_server):
+    """A server of each kind that faces that upstream."""
+    fake, _ = _limited_server
+    asked = len(fake.admin_at_s)
+    with start_kind(request.param, **administered, TOKENGUARD_READ_TIMEOUT_S=5) as server:
+        until(lambda: len(fake.admin_at_s) > asked, "it does not ask for the limits when it starts")
+        yield server
+
+
+@pytest.fixture
+def model():
+    """A model that no other test knows."""
+    return f"model-{next(_numbers)}"
 
 
 @pytest.fixture

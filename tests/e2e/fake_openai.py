@@ -27,6 +27,7 @@ class Received:
     path: str
     headers: list[tuple[bytes, bytes]]
     body: bytes
+    query: str = ""
 
     @property
     def json(self):
@@ -123,6 +124,29 @@ def in_two_parts(first, second, go_on):
     return script
 
 
+async def complete(reply, usage, fields=RATE_LIMITS, service_s=0):
+    """Answer with a completion, as a stream if one was asked for; a stream has its head before it is served."""
+    received = reply.received
+    if received.json.get("stream"):
+        await reply.head(headers=fields + EVENTS)
+        await asyncio.sleep(service_s)
+        await _stream(reply, usage)
+    else:
+        await asyncio.sleep(service_s)
+        await reply.whole(200, fields + JSON, completion(received, usage))
+
+
+async def _stream(reply, usage):
+    """Stream a completion, with its usage at the end if it was asked for."""
+    for word in WORDS:
+        await reply.piece(event(reply.received, delta(word)))
+    await reply.piece(event(reply.received, delta(None, "stop")))
+    if (reply.received.json.get("stream_options") or {}).get("include_usage"):
+        await reply.piece(event(reply.received, [], usage))
+    await reply.piece(DONE)
+    await reply.end()
+
+
 @dataclass
 class FakeOpenAI:
     """Answers as OpenAI does, with the usage that the test sets, or by a script of the test's."""
@@ -139,7 +163,8 @@ class FakeOpenAI:
             message = await receive()
             body += message.get("body", b"")
             more = message.get("more_body", False)
-        received = Received(scope["method"], scope["raw_path"].decode(), scope["headers"], body)
+        path, query = scope["raw_path"].decode(), scope["query_string"].decode()
+        received = Received(scope["method"], path, scope["headers"], body, query)
         self.received.append(received)
         self.open_replies += 1
         try:
@@ -154,21 +179,8 @@ class FakeOpenAI:
             await reply.whole(200, JSON, b'{"object":"list","data":[]}')
         elif received.path.startswith("/v1/models/"):
             await reply.whole(200, JSON, json.dumps({"id": received.path[11:]}).encode())
-        elif received.json.get("stream"):
-            await self.stream(reply)
         else:
-            await reply.whole(200, RATE_LIMITS + JSON, completion(received, self.usage))
-
-    async def stream(self, reply):
-        """Answer as a stream, with usage at its end if it was asked for."""
-        await reply.head(headers=RATE_LIMITS + EVENTS)
-        for word in WORDS:
-            await reply.piece(event(reply.received, delta(word)))
-        await reply.piece(event(reply.received, delta(None, "stop")))
-        if (reply.received.json.get("stream_options") or {}).get("include_usage"):
-            await reply.piece(event(reply.received, [], self.usage))
-        await reply.piece(DONE)
-        await reply.end()
+            await complete(reply, self.usage)
 
 
 class Serving:

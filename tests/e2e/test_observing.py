@@ -68,6 +68,8 @@ def test_metrics_add_up(observed, fake, user):
     assert seen["tokenguard_reservations_open"] == 0
     assert seen["tokenguard_buckets_used"] == 2
     assert seen["tokenguard_estimate_ratio_count"] == 2
+    assert seen['tokenguard_estimate_error_count{model="m",of="prompt"}'] == 2
+    assert seen['tokenguard_estimate_error{model="m",of="total",quantile="0.95"}'] >= 0.5
     assert user not in httpx.get(f"{observed.url}/metrics").text
 
 

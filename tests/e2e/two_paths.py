@@ -301,7 +301,7 @@ class Path:
         counted = {
             name: value
             for name, value in quiet(self.server).items()
-            if not any(word in name for word in ("seconds", "_created", "latency", 'route="/metrics"'))
+            if not any(word in name for word in ("seconds", "_created", "latency", "quantile", 'route="/metrics"'))
         }
         counted["charged"] = -self.server.level("global", "*")
         before, self._counted = self._counted, counted

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import math
 import zlib
 
 import pytest
@@ -121,7 +122,8 @@ def test_call_asks_for_its_estimate():
         ({"max_tokens": 10, "max_completion_tokens": 20}, PROMPT_TOKENS, 20),
         ({"n": 3}, PROMPT_TOKENS, 3 * 256),
         ({"n": 3, "max_tokens": 10}, PROMPT_TOKENS, 30),
-        ({"messages": [{"role": "user", "content": "x" * 4000}]}, 1000 + 6, 256),
+        ({"messages": [{"role": "user", "content": "x" * 4096}]}, 960 + 6, 256),
+        ({"messages": [{"role": "user", "content": "7" * 256}]}, 204 + 6, 256),
     ],
 )
 def test_estimate_follows_the_request(members, prompt, output):
@@ -652,7 +654,7 @@ def test_call_without_a_usage_teaches_nothing(ending):
 
 
 def test_framing_of_messages_is_not_learned_as_text():
-    """Of many short messages most of the prompt is framing: the bytes per token are learned of the text alone."""
+    """Of many short messages most of the prompt is framing: what text comes to is learned of the text alone."""
     call = Call(messages=[{"role": "user", "content": "abcd"}] * 100)
     asked = call.begin()
     call.answered()
@@ -660,7 +662,7 @@ def test_framing_of_messages_is_not_learned_as_text():
 
     call.settle(call.exchange.finish())
 
-    assert asked.prompt == 100 + 303
+    assert asked.prompt == math.ceil(100 * 4 * 60 / 256) + 303
     assert call.begin().prompt == asked.prompt
 
 

@@ -70,8 +70,16 @@ def test_plans_and_estimates_of_a_flood_are_forgotten():
     assert isinstance(house.reserve(200, who=Identity("one-more")), Decision)
     estimator = Estimator()
     for number in range(2 * MAX_TRAFFICS):
-        estimator.learn(f"m{number}", f"u{number}", text_bytes=40, prompt_tokens=10, choices=1, output_tokens=5)
-    assert len(estimator._models) == len(estimator._users) == MAX_TRAFFICS
+        estimator.learn(
+            f"m{number}",
+            f"t{number}",
+            f"u{number}",
+            text_256ths=2560,
+            prompt_tokens=10,
+            choices=1,
+            output_tokens=5,
+        )
+    assert len(estimator._models) == len(estimator._teams) == len(estimator._users) == MAX_TRAFFICS
 
 
 @pytest.mark.parametrize("more", [1, 1000])

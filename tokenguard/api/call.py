@@ -12,6 +12,7 @@ from tokenguard import refusal
 from tokenguard.account import Account
 from tokenguard.errors import BackendDown, InvalidRequest, TableBusy, TokenGuardError, UpstreamError
 from tokenguard.exchange import End, Exchange, Settlement, Terms
+from tokenguard.headroom import Pace
 from tokenguard.limiter import Limiter, Reservation
 from tokenguard.metrics import Metrics
 from tokenguard.model import Answer, Decision, Head, Headers, UpstreamRequest, checked_name
@@ -45,7 +46,7 @@ class Guard:
         max_body_bytes: A longer body is refused with 413.
         caller_timeout_s: How long a caller may take to send, or to take, the next piece.
         watch: Heeds what the provider tells of its own limits; None if nobody does.
-        pace: Counts, for it, what the provider answers.
+        pace: Counts what the provider answers, for ``watch``.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Guard:
         self.max_body_bytes = max_body_bytes
         self.caller_timeout_s = caller_timeout_s
         self.watch = watch
-        self.pace = None if watch is None else watch.pace
+        self.pace = Pace() if watch is None else watch.pace
 
 
 class Call:
@@ -107,25 +108,26 @@ class Call:
         self.account.upstream_s = now_s - self._forwarded_s
         head = self.exchange.answered(status, headers)
         self._guard.metrics.upstream_answered(self.account)
-        if self._guard.watch is not None:
+        watch = self._guard.watch
+        if watch is not None:
             if status < 300:
-                self._guard.pace.passed(self.account.model, now_s)
-                if self._guard.watch.alarmed:
-                    self._guard.watch.passed()
-            if self.exchange.told is not None or self.exchange.lowering is not None:
-                self._heed()
+                self._guard.pace.passed(self.exchange.model, now_s)
+                if watch.alarmed:
+                    watch.passed()
+            self._heed(watch)
         if status in _TELLING:
             self._warn(f"the provider answered {status}: {_TELLING[status]}")
         return head
 
-    def _heed(self) -> None:
+    def _heed(self, watch: ProviderLimits) -> None:
         """Act upon what the provider told of its own limits."""
-        exchange, watch = self.exchange, self._guard.watch
-        if exchange.lowering is not None:
-            watch.lowered(self.account.model, exchange.lowering, exchange.reservation.plan)
-            self._lower(exchange.reservation, exchange.lowering)
+        exchange = self.exchange
+        reservation = exchange.reservation
+        if exchange.lowering is not None and reservation is not None:
+            watch.lowered(exchange.model, exchange.lowering, reservation.plan)
+            self._lower(reservation, exchange.lowering)
         if exchange.told is not None:
-            watch.told(self.account.model, exchange.told)
+            watch.told(exchange.model, exchange.told)
 
     def _lower(self, reservation: Reservation, deltas: tuple[int, ...]) -> None:
         """Lower our level of the provider's buckets."""
@@ -139,7 +141,7 @@ class Call:
         told = self.exchange.told
         if self._guard.watch is not None and told is not None and not self._heard:
             self._heard = True
-            self._guard.watch.refused(self.account.model, told, self.exchange.refusal)
+            self._guard.watch.refused(self.exchange.model, told, self.exchange.refusal)
 
     def feed(self, chunk: bytes) -> bytes:
         """Take in a piece of the provider's body; return what to pass on, which may be nothing.

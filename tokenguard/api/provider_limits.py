@@ -37,11 +37,13 @@ class ProviderSync(AdminResource):
         dry_run = _switch(query.get("dry_run"))
         if self._limits is None:
             raise InvalidRequest(
-                "TOKENGUARD_PROVIDER_LIMITS", "the provider's limits are not heeded: TOKENGUARD_PROVIDER_LIMITS is off"
+                "TOKENGUARD_PROVIDER_LIMITS",
+                "the provider's limits are not heeded: TOKENGUARD_PROVIDER_LIMITS is off",
             )
         entries = self._limits.sync(dry_run=dry_run, probe=query.get("probe"))
         data = [
-            _model(model or "", list(of_model)) for model, of_model in groupby(entries, lambda entry: entry.name.model)
+            _model(model or "", list(of_model))
+            for model, of_model in groupby(entries, lambda entry: entry.name.model)
         ]
         write_json(resp, 200, {"object": "provider_limits", "dryRun": dry_run, "data": data})
 

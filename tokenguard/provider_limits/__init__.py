@@ -1,8 +1,8 @@
 """The provider's own limits: learned, mirrored by budgets of ours, and obeyed.
 
-The header fields of every answer tell them, and the admin API if there is a key for it. What is learned is a
-budget of the global scope, for one model and meter, which binds beside those that are set by hand; see ``headroom``
-for how the levels follow. A refusal of the provider's closes a gate, or raises an alarm.
+The header fields of every answer tell them, and the admin API, if there is a key for it. What is learned is a
+budget of the global scope, for one model and meter, which binds beside those that are set by hand; ``headroom``
+says how the levels follow. A refusal of the provider's closes a gate, or raises an alarm.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ SYNC = "provider limits"
 SWEEP_S = 30.0
 """How often what others left behind is looked for."""
 
+_USABLE = 1
+"""``Head.limits`` where what is told makes sense."""
 _JITTER = 0.1
 _log = logging.getLogger("tokenguard")
 
@@ -227,7 +229,7 @@ class ProviderLimits:
     def _age_s(self, name: BucketName) -> float | None:
         now_s = time.perf_counter()
         if name.source is Source.HEADERS:
-            told_s = self.pace.last_s(name.model)
+            told_s = self.pace.last_s(name.model or "")
             return None if told_s < 0 else now_s - told_s
         return None if self._read_s is None else now_s - self._read_s
 
@@ -272,6 +274,3 @@ class ProviderLimits:
             "othersTokensPerMinute": others,
         }
         return {**told, **({} if self._failure is None else {"notRefreshed": self._failure})}
-
-
-_USABLE = 1

@@ -3,7 +3,7 @@
 A gate is a budget of the global scope like any other, so that it closes for all processes and nodes that share
 budgets, at once: its bucket is put so far below zero that it takes as long as the provider asks for until a call
 passes. It opens gently, for it fills no faster than calls were answered before; once that has gone well for a
-while it is removed.
+while, it is removed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
+from functools import partial
 from typing import NamedTuple
 
 from tokenguard import arithmetic
@@ -118,8 +119,8 @@ class Gates:
             _log.warning(
                 "the provider asks to wait for %.3g s (%s): calls of %s are held back", wait_s, why, model
             )
-        self._apply(lambda: self._put(budget, level, closed))
-        self._background.after(wait_s + GENTLE_S, lambda: self._remove(model, closed))
+        self._apply(partial(self._put, budget, level, closed))
+        self._background.after(wait_s + GENTLE_S, partial(self._remove, model, closed))
 
     def sweep(self, gates: list[BucketName]) -> None:
         """See to it that gates are removed some time whose closer may be no more."""
@@ -160,7 +161,7 @@ class Gates:
             try:
                 state = self._budgets.get(name, self._now_us())
                 if state.level < 0:  # calls alone never bring it so low
-                    self._background.after(GENTLE_S, lambda: self._remove(model, closed))
+                    self._background.after(GENTLE_S, partial(self._remove, model, closed))
                     return
                 if state.budget.scale != closed.scale:  # somebody else has closed it again, and may be no more
                     self._look_again(model, closed._replace(scale=state.budget.scale), self._wait_s(name))
@@ -174,7 +175,7 @@ class Gates:
         """Remove a gate of somebody else's, if that one has not done so when its time has come."""
         with self._lock:
             self._closed[model] = closed
-        self._background.after(max(0.0, wait_s) + 2 * GENTLE_S, lambda: self._remove(model, closed))
+        self._background.after(max(0.0, wait_s) + 2 * GENTLE_S, partial(self._remove, model, closed))
 
     def _forget(self, model: str | None, closed: _Closed) -> None:
         with self._lock:

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from fractions import Fraction
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tokenguard import arithmetic
 from tokenguard._heads import Told as Head
@@ -24,6 +24,8 @@ AGREEING = 3
 
 STEADY_S = 10.0
 """How long a limit that was believed stands at least."""
+
+T = TypeVar("T")
 
 SCOPE = Scope(GLOBAL, GLOBAL_ID)
 
@@ -204,17 +206,21 @@ class Learned:
         Raises:
             TokenGuardError: It could not be.
         """
-        name, before, after, level = change
+        name, _, after, level = change
         if after is None:
             self._remove(name)
             return
-        if before is not None and before.scale.capacity < after.scale.capacity:
-            with suppress(BudgetNotFound):
-                level = min(self._budgets.get(name).level, after.scale.capacity)
-        self._budgets.put(after, level)
+        try:
+            known = self._budgets.get(name)  # somebody else may have learned it just now
+        except BudgetNotFound:
+            self._budgets.put(after, level)
+            return
+        if known.budget.scale != after.scale:
+            rises = known.budget.scale.capacity < after.scale.capacity
+            self._budgets.put(after, known.level if rises else None)
 
     def _remove(self, name: BucketName) -> None:
-        with suppress(BudgetNotFound):  # it is what was wanted
+        with suppress(BudgetNotFound):  # that is what was wanted
             self._budgets.delete(name)
 
     def states(self) -> list[BudgetState]:
@@ -229,7 +235,7 @@ class Learned:
         return next((budget for budget in self._backend.on(SCOPE) if budget.name == name), None)
 
 
-def _keep(into: dict[BucketName, object], name: BucketName, value: object) -> None:
+def _keep(into: dict[BucketName, T], name: BucketName, value: T) -> None:
     """Remember something of a budget, of not more of them than can be learned."""
     into.pop(name, None)
     while len(into) >= MAX_LEARNED:

@@ -11,6 +11,7 @@ cdef class ChatRequest:
     cdef readonly int64_t choices
     cdef readonly object output_cap
     cdef readonly int64_t text_bytes
+    cdef readonly int64_t text_256ths
     cdef readonly int64_t extra_tokens
     cdef readonly bint attachments
     cdef readonly bint asks_for_usage

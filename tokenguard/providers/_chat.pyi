@@ -28,6 +28,7 @@ class ChatRequest:
         choices: int,
         output_cap: int | None,
         text_bytes: int,
+        text_256ths: int,
         extra_tokens: int,
         attachments: bool,
         asks_for_usage: bool,
@@ -52,6 +53,10 @@ class ChatRequest:
     @property
     def text_bytes(self) -> int:
         """The size of all text of the prompt, as UTF-8."""
+
+    @property
+    def text_256ths(self) -> int:
+        """What that text is expected to come to by the classes of its bytes, in 256ths of a token."""
 
     @property
     def extra_tokens(self) -> int:

@@ -12,6 +12,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcmp, memset, strlen
 
+from tokenguard import sizing
 from tokenguard.jsontext import read_object
 from tokenguard.model import Usage
 from tokenguard.providers import careful
@@ -37,13 +38,14 @@ cdef object new_tuple = tuple.__new__
 cdef class ChatRequest:
     def __init__(
         self, str model not None, bint stream, int64_t choices, output_cap, int64_t text_bytes,
-        int64_t extra_tokens, bint attachments, bint asks_for_usage, body,
+        int64_t text_256ths, int64_t extra_tokens, bint attachments, bint asks_for_usage, body,
     ):
         self.model = model
         self.stream = stream
         self.choices = choices
         self.output_cap = output_cap
         self.text_bytes = text_bytes
+        self.text_256ths = text_256ths
         self.extra_tokens = extra_tokens
         self.attachments = attachments
         self.asks_for_usage = asks_for_usage
@@ -76,6 +78,7 @@ def scan_chat(bytes raw not None):
     c.messages = -1
     c.choices = 1
     begin(&s, start, start + PyBytes_GET_SIZE(raw))
+    s.weighs = True
     skip_space(&s)
     read_chat(&s, &c)
     if not over(&s) or c.model == NULL or c.messages < 0:
@@ -85,7 +88,8 @@ def scan_chat(bytes raw not None):
     request.stream = c.stream
     request.choices = c.choices
     request.output_cap = c.cap or None
-    request.text_bytes = c.text
+    request.text_bytes = c.text.bytes
+    request.text_256ths = PLAIN_256THS * c.text.bytes + c.text.excess
     request.extra_tokens = MESSAGE_TOKENS * c.messages + PROMPT_TOKENS
     request.asks_for_usage = c.asks
     request.raw = raw

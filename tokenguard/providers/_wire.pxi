@@ -14,7 +14,7 @@ cdef struct Chat:
     const byte *model       # NULL without one
     int64_t model_size
     int64_t messages        # how many; -1 without a list of them
-    int64_t text            # bytes of all text of the prompt
+    Size text               # of the prompt
     int64_t choices
     int64_t cap             # the largest one; 0 without one
     bint stream
@@ -43,13 +43,13 @@ cdef inline int64_t amount(Scan *s, int64_t most) noexcept nogil:
 cdef void read_model(Scan *s, Chat *c) noexcept nogil:
     """Read a name of visible ASCII; what others name a bucket is for ``checked_name`` to say."""
     cdef const byte *start = s.at + 1
-    cdef int64_t i, text = s.text
+    cdef int64_t i, text = s.text.bytes
     if peek(s) != c'"':
         odd(s)
         return
     string(s)
     c.model = start
-    c.model_size = s.text - text
+    c.model_size = s.text.bytes - text
     if s.odd or not 1 <= c.model_size <= MODEL_BYTES or c.model_size != s.at - 1 - start:
         odd(s)
         return
@@ -61,7 +61,7 @@ cdef void read_model(Scan *s, Chat *c) noexcept nogil:
 
 cdef void read_messages(Scan *s, Chat *c) noexcept nogil:
     cdef Level level
-    cdef int64_t text = s.text
+    cdef Size text = s.text
     if peek(s) != c"[":
         odd(s)
         return
@@ -70,7 +70,7 @@ cdef void read_messages(Scan *s, Chat *c) noexcept nogil:
     while another(s, &level, c"]"):
         value(s)
     c.messages = level.count
-    c.text += s.text - text
+    add_since(&c.text, &s.text, &text)
     if s.attachment:
         odd(s)
 
@@ -92,15 +92,16 @@ cdef void read_options(Scan *s, Chat *c) noexcept nogil:
 cdef void read_shape(Scan *s, Chat *c) noexcept nogil:
     """Read tools or the answer's form, which count as json.dumps writes them, if there are any."""
     cdef byte first = peek(s)
-    cdef int64_t size = s.dumped
+    cdef Size before = s.dumped
+    cdef int64_t size
     s.inexact = False
     value(s)
-    size = s.dumped - size
+    size = s.dumped.bytes - before.bytes
     if first == c"n" or first == c"f" or (first == c"0" and size == 1):
         return
     if size == 2 and (first == c'"' or first == c"[" or first == c"{"):
         return
-    c.text += size
+    add_since(&c.text, &s.dumped, &before)
     if s.inexact:
         odd(s)
 
@@ -202,10 +203,10 @@ cdef void read_choice(Scan *s, Event *e) noexcept nogil:
     enter(s, &level)
     while member(s, &level):
         if named(s, b"delta") and peek(s) == c"{":
-            text = s.text
+            text = s.text.bytes
             members(s)
-            e.deltas += s.text > text
-            e.delta_bytes += s.text - text
+            e.deltas += s.text.bytes > text
+            e.delta_bytes += s.text.bytes - text
         else:
             e.finished |= named(s, b"finish_reason") and peek(s) != c"n"
             value(s)

@@ -14,6 +14,7 @@ import msgspec
 from tokenguard.errors import InvalidRequest
 from tokenguard.jsontext import JsonObject, read_object, shown, whole_number
 from tokenguard.model import Usage, checked_name
+from tokenguard.sizing import weigh
 
 MAX_CHOICES = 128
 MAX_OUTPUT_TOKENS = 10**9
@@ -43,6 +44,7 @@ class Chat(NamedTuple):
     choices: int
     output_cap: int | None
     text_bytes: int
+    text_256ths: int
     extra_tokens: int
     attachments: bool
     asks_for_usage: bool
@@ -77,6 +79,7 @@ def read_chat(raw: bytes) -> Chat:
         choices=_optional(members, "n", MAX_CHOICES) or 1,
         output_cap=max(caps, default=None),
         text_bytes=size.text_bytes,
+        text_256ths=size.text_256ths,
         extra_tokens=size.tokens + TOKENS_PER_MESSAGE * len(messages) + TOKENS_PER_PROMPT,
         attachments=size.tokens > 0,
         asks_for_usage=asks_for_usage,
@@ -105,10 +108,16 @@ def _boolean(members: dict[str, Any], name: str) -> bool:
 
 @dataclass(slots=True)
 class Size:
-    """How large a text is, in bytes of UTF-8, and how many tokens come beside it."""
+    """How large a text is, in bytes of UTF-8 and in 256ths of a token, and how many tokens come beside it."""
 
     text_bytes: int = 0
+    text_256ths: int = 0
     tokens: int = 0
+
+    def add(self, text: bytes) -> None:
+        """Count a piece of it."""
+        self.text_bytes += len(text)
+        self.text_256ths += weigh(text)
 
 
 def _size_prompt(members: dict[str, Any]) -> Size:
@@ -117,7 +126,7 @@ def _size_prompt(members: dict[str, Any]) -> Size:
         add(size, members["messages"])
         for name in _SHAPES:
             if members.get(name):
-                size.text_bytes += len(json.dumps(members[name], ensure_ascii=False).encode())
+                size.add(json.dumps(members[name], ensure_ascii=False).encode())
     except UnicodeEncodeError:
         raise InvalidRequest("messages", "messages must be valid Unicode, got a lone surrogate") from None
     except RecursionError:
@@ -131,7 +140,7 @@ def add(size: Size, value: Any, errors: str = "strict") -> None:  # noqa: ANN401
     while left:
         value = left.pop()
         if isinstance(value, str):
-            size.text_bytes += len(value) if value.isascii() else len(value.encode(errors=errors))
+            size.add(value.encode(errors=errors))
         elif isinstance(value, list):
             left += value
         elif isinstance(value, dict):

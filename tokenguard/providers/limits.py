@@ -209,6 +209,6 @@ def _limits_of(entry: Any) -> Iterator[AdminLimit]:  # noqa: ANN401 - any JSON
     if not isinstance(entry, dict) or not isinstance(entry.get("model"), str):
         raise ValueError("a limit names no model")
     for field, meter, span_s in _ADMIN_FIELDS:
-        value = entry.get(field)
+        value: Any = entry.get(field)
         if type(value) in (int, float) and math.isfinite(value) and value >= 1:
             yield AdminLimit(entry["model"], meter, int(value), span_s)
