@@ -110,7 +110,7 @@ class Mirror:
     def at(self, now_us, what, *args):
         heapq.heappush(self.events, (now_us, next(self.numbers), what, args))
 
-    def run(self, seconds, looks=lambda mirror, now_us: None):
+    def run(self, seconds, looks=None):
         """Run for so long; ``looks`` is called after every event."""
         self.at(NOW_US, self.comes)
         if self.others_per_s:
@@ -121,7 +121,8 @@ class Mirror:
                 continue
             what(now_us, *args)
             self.provider.flow(now_us)
-            looks(self, now_us)
+            if looks is not None:
+                looks(self, now_us)
 
     def excess(self, now_us):
         """Return by how much our level is above the provider's."""

@@ -32,6 +32,7 @@ cdef class Told:
     cdef readonly int64_t requests_left
     cdef readonly int64_t tokens_limit
     cdef readonly int64_t tokens_left
+    cdef readonly int64_t tokens_left_of_limit
     cdef int rates[RATES]
     cdef int tokens_at
     cdef bint twice

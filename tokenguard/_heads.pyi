@@ -65,6 +65,7 @@ class Told:
         requests_left: What remains of it, likewise.
         tokens_limit: The limit on tokens, of those that are told the tightest; likewise.
         tokens_left: The least that remains of any of them, likewise.
+        tokens_left_of_limit: What remains of the tightest one itself, likewise.
     """
 
     limits: int
@@ -72,6 +73,7 @@ class Told:
     requests_left: int
     tokens_limit: int
     tokens_left: int
+    tokens_left_of_limit: int
     length: int
     encoding: bytes | None
     events: bool

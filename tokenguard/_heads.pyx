@@ -257,7 +257,8 @@ cdef class Told:
         cdef int meaning, i
         self.fields = fields_of(headers)
         self.length = -1
-        self.requests_limit = self.requests_left = self.tokens_limit = self.tokens_left = -1
+        self.requests_limit = self.requests_left = -1
+        self.tokens_limit = self.tokens_left = self.tokens_left_of_limit = -1
         for i in range(RATES):
             self.rates[i] = -1
         for i in range(self.fields.count):
@@ -306,7 +307,7 @@ cdef class Told:
             else:
                 self.tokens_left = left if self.tokens_left < 0 else min(left, self.tokens_left)
                 if self.tokens_limit < 0 or limit < self.tokens_limit:
-                    self.tokens_limit, self.tokens_at = limit, i
+                    self.tokens_limit, self.tokens_left_of_limit, self.tokens_at = limit, left, i
         if self.limits == NONE and (self.requests_limit > 0 or self.tokens_limit > 0):
             self.limits = USABLE
 

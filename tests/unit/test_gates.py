@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.house import ALICE, MODEL, NOW_US, House, S
+from tests.house import MODEL, NOW_US, House, S
 from tests.strategies import properties
 from tokenguard.errors import BackendDown
 from tokenguard.headroom import Pace
@@ -95,7 +95,7 @@ def test_gate_is_closed_for_the_wait_to_the_millisecond(wait_s, calls_per_s):
 
 @pytest.mark.parametrize(("calls_per_s", "passed"), [(0, 5), (10, 45), (100, 450)])
 def test_no_herd_passes(calls_per_s, passed):
-    """For five seconds calls pass at nine tenths of the pace at which they were answered, one a second at least."""
+    """For five seconds calls pass at nine tenths of the pace of their answers, one a second at least."""
     process = Process(calls_per_s=calls_per_s)
     process.closes(2.0)
     counted = 0

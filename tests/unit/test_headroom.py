@@ -80,7 +80,7 @@ def test_headroom_that_shrinks_is_believed_at_once():
 
 
 def test_what_was_given_meanwhile_is_not_taken_for_headroom():
-    """An answer tells of the moment of its call; what was given back since is in our level, not in what it tells."""
+    """An answer tells of the moment of its call; what was given back since is in our level alone."""
     room = Headroom()
     told(room, 1500, 1000)
     turn, moved = room.turn(), room.moved
@@ -277,7 +277,7 @@ def test_limit_of_a_day_is_looked_at_each_time():
 @pytest.mark.parametrize("others", [0.0, 0.3])
 @pytest.mark.parametrize("seed", range(3))
 def test_level_is_above_the_providers_by_what_has_not_been_heard_at_most(counting, others, seed):
-    """What the provider has counted since the latest answer that was heard is all that our level may be too high by."""
+    """What the provider counted since the latest answer that was heard is the most that it is too high by."""
     mirror = Mirror(seed, counting, others=others, long=0.1)
 
     def looks(mirror, now_us):
@@ -326,7 +326,7 @@ def test_nothing_is_lowered_while_nobody_else_spends():
 
 @pytest.mark.parametrize("processes", [1, 3])
 def test_level_follows_while_others_spend(processes):
-    """With a third of the limit spent by others, what they leave is used, and our level stays near the provider's."""
+    """With a third of the limit spent by others, our level stays near the provider's."""
     mirror = Mirror(5, "openai", others=0.3, processes=processes)
     worst = []
     mirror.run(240, lambda mirror, now_us: worst.append(mirror.excess(now_us)))

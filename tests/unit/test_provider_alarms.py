@@ -1,4 +1,4 @@
-"""What the operator is told of the provider: that it wants to be paid, that somebody else spends; and who asks it."""
+"""What the operator is told of the provider: that it wants to be paid, that others spend; and who asks it."""
 
 import logging
 import os

@@ -2,8 +2,8 @@
 
 import json
 import math
-from email.utils import format_datetime
 from datetime import UTC, datetime
+from email.utils import format_datetime
 
 import pytest
 from hypothesis import example, given
@@ -164,21 +164,22 @@ RPM = (
     "Requested 1. Please try again in 20s. Visit https://platform.openai.com/account/rate-limits to learn more."
 )
 TPM = (
-    "Rate limit reached for gpt-4o in organization org-X on tokens per min (TPM): Limit 30000, Used 14567, Requested "
-    "24754. Please try again in 18.642s. Visit https://platform.openai.com/account/rate-limits to learn more."
+    "Rate limit reached for gpt-4o in organization org-X on tokens per min (TPM): Limit 30000, Used 14567, "
+    "Requested 24754. Please try again in 18.642s. Visit "
+    "https://platform.openai.com/account/rate-limits to learn more."
 )
 TOO_LARGE = (
-    "Request too large for gpt-4o in organization org-X on tokens per min (TPM): Limit 30000, Requested 39143. The "
-    "input or output tokens must be reduced in order to run successfully. Visit "
+    "Request too large for gpt-4o in organization org-X on tokens per min (TPM): Limit 30000, Requested 39143. "
+    "The input or output tokens must be reduced in order to run successfully. Visit "
     "https://platform.openai.com/account/rate-limits to learn more."
 )
 QUOTA = (
-    "You exceeded your current quota, please check your plan and billing details. For more information on this error, "
-    "read the docs: https://platform.openai.com/docs/guides/error-codes/api-errors."
+    "You exceeded your current quota, please check your plan and billing details. For more information on this "
+    "error, read the docs: https://platform.openai.com/docs/guides/error-codes/api-errors."
 )
 AZURE = (
-    "Requests to the ChatCompletions_Create Operation under Azure OpenAI API version 2024-10-21 have exceeded token "
-    "rate limit of your current OpenAI S0 pricing tier. Please retry after 33 seconds. Please go here: "
+    "Requests to the ChatCompletions_Create Operation under Azure OpenAI API version 2024-10-21 have exceeded "
+    "token rate limit of your current OpenAI S0 pricing tier. Please retry after 33 seconds. Please go here: "
     "https://aka.ms/oai/quotaincrease if you would like to further increase the default rate limit."
 )
 
@@ -423,7 +424,7 @@ def test_whole_float_is_a_limit():
 )
 def test_what_is_no_page_is_an_error(body):
     """A page that cannot be read whole is not taken for the last."""
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"."):
         read_page(body)
 
 

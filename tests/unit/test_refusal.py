@@ -24,7 +24,8 @@ from tokenguard.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from tokenguard.model import NEVER_US, BucketState, Decision, Meter
+from tokenguard.model import NEVER_US, BucketState, Budget, Decision, Meter, Source
+from tokenguard.provider_limits.gates import gate_of
 from tokenguard.refusal import error_answer, problem, refuse
 
 GO_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?")
@@ -407,3 +408,83 @@ def test_problem_says_when_to_come_back_only_if_asked():
     """A problem has retry-after where it is given, in whole seconds."""
     assert dict(problem(503, "m", "k", None, retry_after_s=7).headers)[b"retry-after"] == b"7"
     assert b"retry-after" not in dict(problem(400, "m", "k", None).headers)
+
+
+# --- limits of the provider's -------------------------------------------------------------------------------
+
+
+def theirs(source, meter=Meter.TOKENS, **more):
+    """Return the state of a bucket whose limit was learned."""
+    return state("global", meter, model=MODEL, **more)._replace(
+        name=named("global", meter, MODEL)._replace(source=source)
+    )
+
+
+def gate(wait_us=2 * S, **more):
+    """Return the state of a model's gate."""
+    values = {"limit": 1000, "level": -1000, "cost": 1000, "full_in_us": 3 * S, **more}
+    return BucketState(gate_of(MODEL), wait_us=wait_us, **values)
+
+
+@pytest.mark.parametrize("source", [Source.HEADERS, Source.ADMIN, Source.ADMIN_DAILY])
+def test_refusal_of_a_learned_limit_says_whose_it_is(source):
+    """Ours and the provider's are told apart, in words and in the body; all else is as ever."""
+    status, headers, body = refused(state(wait_us=0), theirs(source))
+
+    assert status == 429
+    assert body["error"]["message"] == (
+        f"Rate limit reached for global:* on tokens of {MODEL}: limit 1000, remaining 70, requested 80. Please "
+        "try again in 2s. This is the provider's own limit, which TokenGuard keeps calls within."
+    )
+    assert (body["error"]["type"], body["error"]["code"]) == ("tokens", "rate_limit_exceeded")
+    assert [bucket["source"] for bucket in body["tokenguard"]["buckets"]] == [None, source]
+    assert headers["x-ratelimit-limit-tokens"] == "1000"
+    assert headers["retry-after"] == "2"
+
+
+def test_refusal_of_a_budget_of_ours_says_so():
+    """Beside learned limits that would let the call pass."""
+    _, _, body = refused(state(), theirs(Source.HEADERS, wait_us=0))
+
+    assert body["error"]["message"].endswith("This is a TokenGuard budget, not a limit of the provider.")
+
+
+def test_refusal_of_a_gate_says_that_the_provider_asked_to_wait():
+    """Its words tell neither a limit nor a remainder, which mean nothing to anybody."""
+    status, headers, body = refused(gate())
+
+    assert status == 429
+    assert body["error"]["message"] == (
+        f"The provider asked to wait: calls of {MODEL} are held back. Please try again in 2s. This is the "
+        "provider's own limit, which TokenGuard keeps calls within."
+    )
+    assert (body["error"]["type"], body["error"]["code"]) == ("requests", "rate_limit_exceeded")
+    assert (headers["retry-after"], headers["retry-after-ms"]) == ("2", "2000")
+    assert "x-should-retry" not in headers
+
+
+def test_no_rate_limit_field_tells_of_a_gate():
+    """Where it alone refuses there is none; beside other buckets there are theirs."""
+    _, alone, _ = refused(gate())
+    _, beside, _ = refused(state(wait_us=0), state(meter=Meter.REQUESTS, wait_us=0, limit=60), gate())
+
+    assert not any(name.startswith("x-ratelimit") for name in alone)
+    told = {name: value for name, value in beside.items() if name.startswith("x-ratelimit-limit")}
+    assert told == {"x-ratelimit-limit-tokens": "1000", "x-ratelimit-limit-requests": "60"}
+
+
+def test_admitted_call_is_told_of_no_gate():
+    """The fields of an answer that passes through an open gate tell of the other buckets alone."""
+    house = House({"user": grant(1000)})
+    house.backend.put(Budget(gate_of(MODEL), grant(1000, 1000)))
+    fields = dict(house.taken(10).limit_headers())
+
+    assert {name for name in fields if b"limit" in name and name.endswith(b"tokens")}
+    assert not any(name.endswith((b"requests", b"gate")) for name in fields)
+
+
+def test_gate_that_is_closed_for_long_tells_clients_not_to_retry():
+    """A wait of over a minute is not to be waited out by a client on its own."""
+    _, headers, _ = refused(gate(wait_us=61 * S))
+
+    assert headers["x-should-retry"] == "false"

@@ -12,6 +12,7 @@ from tests.crew import Worker
 from tests.golden import FOLDER as GOLDEN
 from tests.golden.state import BUDGETS, DEFAULT, LEVELS, LEVELS_LATER, STATES, path_of, recorded
 from tests.house import MODEL, NOW_US, S, grant, named
+from tests.mirror import learned
 from tests.nodes import until
 from tokenguard._bucket import BucketTable
 from tokenguard.backends import state
@@ -19,8 +20,13 @@ from tokenguard.backends.memory import MemoryBackend
 from tokenguard.backends.mirror import read_records, record_of
 from tokenguard.backends.node import open_node
 from tokenguard.backends.state import State, StateFile
+from tokenguard.budgets import Budgets
 from tokenguard.errors import InvalidSetting, StateUnwritable, TableFull
-from tokenguard.model import Budget, Meter
+from tokenguard.headroom import Pace
+from tokenguard.model import Budget, Meter, Source
+from tokenguard.plan import GATE_COST, Plans
+from tokenguard.provider_limits.background import Background
+from tokenguard.provider_limits.gates import Gates, gate_of
 
 SLOT_BYTES = 64
 ALICE, BOB = named("user:alice"), named("user:bob")
@@ -618,3 +624,38 @@ def test_failure_is_logged_when_it_begins_and_when_it_ends(path, caplog):
     began, ended = [record.getMessage() for record in caplog.records if record.levelname in ("ERROR", "WARNING")]
     assert began.startswith(f"the state cannot be written to {path}: Is a directory; until it can, ")
     assert ended == "the state can be written again"
+
+
+# --- limits of the provider's -------------------------------------------------------------------------------
+
+
+def test_learned_budget_survives_a_restart_with_its_source(path):
+    """Its level, its source and what was set by hand beside it are read back."""
+    budgets = [
+        learned(60_000),
+        learned(900, meter=Meter.REQUESTS, window_s=86_400),
+        learned(30_000, source=Source.ADMIN),
+        learned(500, source=Source.ADMIN_DAILY, meter=Meter.REQUESTS, window_s=86_400),
+        Budget(named("global", model=MODEL), grant(70)),
+    ]
+    with running(path) as backend:
+        for budget in budgets:
+            backend.put(budget, 40)
+
+    with running(path) as backend:
+        assert set(backend.budgets()) == set(budgets)
+        seen = backend.peek(backend.prepare([budgets[1], budgets[4]]))
+        assert [seen.level(at) for at in range(2)] == [40, 40]
+
+
+def test_gate_survives_a_restart_closed(path):
+    """A provider that asked to wait is not asked by whoever comes next."""
+    with running(path) as backend:
+        house = Budgets(backend, Plans(backend, {}))
+        gates = Gates(house, Pace(), Background(), lambda work: work(), lambda: 1)
+        gates.close(MODEL, 50.0, "slow_down", 0.0)
+
+    with running(path) as backend:
+        (budget,) = backend.budgets()
+        assert budget.name == gate_of(MODEL)
+        assert not backend.reserve(backend.prepare([budget]), (GATE_COST,)).allowed

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from tokenguard.plan import Plan
 from tokenguard.provider_limits.alarms import Alarms, Others
 from tokenguard.provider_limits.background import Background
 from tokenguard.provider_limits.gates import Gates
-from tokenguard.provider_limits.learned import Change, Learned, Told
+from tokenguard.provider_limits.learned import Change, Learned, limits_of
 from tokenguard.provider_limits.source import ProviderSource
 from tokenguard.providers.limits import Kind, read_refusal
 
@@ -130,7 +130,7 @@ class ProviderLimits:
             self._count("unusable" if head.limits else "missing")
             return
         now_s = time.perf_counter()
-        for meter, told in _readings(head):
+        for meter, told in limits_of(head):
             change = self._learned.hear(model, meter, told, now_s)
             if change is not None:
                 self._carry_out(partial(self._apply, change))
@@ -211,7 +211,7 @@ class ProviderLimits:
         head = Head(self._source.probe(model))
         if head.limits != _USABLE:
             raise ProviderError(f"the provider's answer for {model} tells no limits that can be used")
-        return [change for meter, told in _readings(head) for change in self._learned.probed(model, meter, told)]
+        return [change for meter, told in limits_of(head) for change in self._learned.probed(model, meter, told)]
 
     def _entries(self, changes: dict[BucketName, Change], *, dry_run: bool) -> list[Entry]:
         states = {state.budget.name: state for state in self._learned.states()}
@@ -265,9 +265,9 @@ class ProviderLimits:
     def trouble(self) -> str | None:
         """Return what the operator has to see to, if anything."""
         codes = self._alarms.standing(time.time())
-        return (
-            f"the provider refuses calls until somebody sees to the account: {', '.join(codes)}" if codes else None
-        )
+        if not codes:
+            return None
+        return f"the provider refuses calls until somebody sees to the account: {', '.join(codes)}"
 
     def shown(self) -> dict[str, object]:
         """Return how things are with the provider, for ``GET /``."""
@@ -279,11 +279,3 @@ class ProviderLimits:
             "othersTokensPerMinute": others,
         }
         return {**told, **({} if self._failure is None else {"notRefreshed": self._failure})}
-
-
-def _readings(head: Head) -> Iterator[tuple[Meter, Told]]:
-    """Yield the limits that a head tells."""
-    if head.tokens_limit > 0:
-        yield Meter.TOKENS, Told(head.tokens_limit, head.tokens_left, head.reset(True))
-    if head.requests_limit > 0:
-        yield Meter.REQUESTS, Told(head.requests_limit, head.requests_left, head.reset(False))

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import NamedTuple, TypeVar
 
 from tokenguard import arithmetic
+from tokenguard._heads import Told as Head
 from tokenguard.backends import Backend
 from tokenguard.budgets import Budgets, BudgetState
 from tokenguard.errors import BudgetNotFound, InvalidValue
@@ -36,11 +37,26 @@ class Told(NamedTuple):
         limit: The most that the provider's bucket holds.
         remaining: What it holds.
         reset: When it is full, as the provider words it.
+        level: What is left of it and of others that a call has to pass, at most ``remaining``.
     """
 
     limit: int
     remaining: int
     reset: bytes
+    level: int
+
+    @property
+    def window_s(self) -> int | None:
+        """In what time it fills; None if that cannot be told."""
+        return window_s(self.limit, self.remaining, self.reset)
+
+
+def limits_of(head: Head) -> Iterator[tuple[Meter, Told]]:
+    """Yield what header fields tell that can be used."""
+    if head.tokens_limit > 0:
+        yield Meter.TOKENS, Told(head.tokens_limit, head.tokens_left_of_limit, head.reset(True), head.tokens_left)
+    if head.requests_limit > 0:
+        yield Meter.REQUESTS, Told(head.requests_limit, head.requests_left, head.reset(False), head.requests_left)
 
 
 class Change(NamedTuple):
@@ -96,24 +112,32 @@ class Learned:
             now_s: The time, by a clock that is never set.
         """
         name = BucketName(SCOPE, meter, model, Source.HEADERS)
-        before, window = self._find(name), window_s(*told)
-        same = before is not None and before.scale.capacity == told.limit
+        before, window = self._find(name), told.window_s
         if window is None:
-            if not same:
+            if before is None or before.scale.capacity != told.limit:
                 self._count("unclear")
+            self._break_off(name)
             return None
         after = _budget(name, told.limit, window)
         if after is None:
             self._count("unusable")
             return None
         with self._lock:
-            _keep(self._latest, name, after)
+            if window == MINUTE_S or (before is not None and window == window_of(before)):
+                _keep(self._latest, name, after)
             if before is not None and before.scale == after.scale:
                 self._doubts.pop(name, None)
                 return None
             if self._is_doubted(name, before, after, window, now_s):
                 return None
-            return self._believe(name, before, after, told.remaining, now_s)
+            return self._believe(name, before, after, told.level, now_s)
+
+    def _break_off(self, name: BucketName) -> None:
+        """Take in that an answer contradicts a day: whoever counts in windows seems to mean one now and then."""
+        with self._lock:
+            doubt = self._doubts.get(name)
+            if doubt is not None and window_of(doubt.told) == DAY_S:
+                del self._doubts[name]
 
     def _is_doubted(
         self, name: BucketName, before: Budget | None, after: Budget, window: int, now_s: float
@@ -132,13 +156,11 @@ class Learned:
         rises = before is not None and after.scale.rate > before.scale.rate
         return times < AGREEING or (rises and since_s < STEADY_S)
 
-    def _believe(
-        self, name: BucketName, before: Budget | None, after: Budget, remaining: int, now_s: float
-    ) -> Change:
+    def _believe(self, name: BucketName, before: Budget | None, after: Budget, level: int, now_s: float) -> Change:
         self._doubts.pop(name, None)
         _keep(self._believed_s, name, now_s)
         self._count("learned" if before is None else "changed")
-        return Change(name, before, after, remaining if before is None else None)
+        return Change(name, before, after, level if before is None else None)
 
     def heard(self) -> Iterator[Change]:
         """Yield what is to change for all that was heard last to be believed at once."""
@@ -150,13 +172,13 @@ class Learned:
     def probed(self, model: str, meter: Meter, told: Told) -> Iterator[Change]:
         """Yield what is to change for what a probe's answer tells to be believed at once."""
         name = BucketName(SCOPE, meter, model, Source.HEADERS)
-        before, window = self._find(name), window_s(*told)
+        before, window = self._find(name), told.window_s
         if window is None:
             self._count("unclear")
             return
         after = _budget(name, told.limit, window)
         if after is not None and (before is None or before.scale != after.scale):
-            yield Change(name, before, after, told.remaining if before is None else None)
+            yield Change(name, before, after, told.level if before is None else None)
 
     def read(self, limits: Iterable[AdminLimit]) -> Iterator[Change]:
         """Yield what is to change for the budgets to be what the admin API tells.

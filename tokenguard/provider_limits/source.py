@@ -116,7 +116,7 @@ class ProviderSource:
             why = str(error) or type(error).__name__
             raise ProviderError(f"the provider cannot be asked {method} {path}: {self._plain(why)}") from None
         if not 200 <= answer.status_code < 300:
-            said = self._plain(error_text(answer.content))
+            said = error_text(self._plain(answer.text).encode())
             raise ProviderError(f"the provider answered {answer.status_code} to {method} {path}: {said}")
         return answer
 
