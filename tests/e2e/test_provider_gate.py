@@ -192,17 +192,6 @@ def test_foreign_use_of_the_key_is_told(provider, behind_limits, tmp_path, model
         assert model in server.log
 
 
-def test_unused_caps_are_no_foreign_use(provider, behind_limits, tmp_path, model):
-    """The provider charges what a caller may take at most, and gives nothing back; that is our own use."""
-    provider.limits[model] = Limits(tokens=Limit(600_000))
-    with running(tmp_path, "serve", **behind_limits) as server:
-        ends_s = provider.clock() + LASTING_S / 2
-        while provider.clock() < ends_s:
-            ask(server, model, max_tokens=2000)
-        assert not foreign(server, model)
-        assert model not in server.log
-
-
 def foreign(server, model):
     """Return how many tokens of a model others use per minute, as health tells it; None if nobody does."""
     return health(server)["provider"]["othersTokensPerMinute"].get(model)

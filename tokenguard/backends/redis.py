@@ -97,6 +97,7 @@ class RedisBackend:
         self._thread = LoopThread()
         self._counting = threading.Lock()
         self._counted: dict[Lane | None, dict[str, int]] = {}
+        self._changes_under_way: set[asyncio.Task[None]] = set()
 
     def _lane(self) -> Lane:
         """Return the lane of the running event loop."""
@@ -310,7 +311,10 @@ class RedisBackend:
         except RuntimeError:
             self._thread.run(work)
             return None
-        return loop.create_task(work)
+        task = loop.create_task(work)
+        self._changes_under_way.add(task)  # a loop alone does not keep its tasks
+        task.add_done_callback(self._changes_under_way.discard)
+        return asyncio.shield(task)  # whoever waits may be cancelled
 
     async def _put_soon(self, budget: Budget, level: int, now_us: int | None) -> None:
         text = scale_text(budget.scale)
