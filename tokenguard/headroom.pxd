@@ -2,7 +2,7 @@
 
 cimport cython
 
-cdef long long _RISE, _OVERDONE
+cdef long long _RISE
 cdef double PERIOD_S
 
 
@@ -16,7 +16,9 @@ cdef class Headroom:
 
     cpdef long long turn(self) noexcept
     @cython.locals(room="long long", fewer="long long")
-    cpdef long long told(self, long long remaining, long long level, long long moved, long long turn) noexcept
+    cpdef long long told(
+        self, long long remaining, long long level, long long moved, long long turn, long long kept
+    ) noexcept
     @cython.locals(given="long long")
     cpdef long long give(self, long long cost, long long kept) noexcept
     cpdef void give_all(self, long long cost) noexcept

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 _RISE = 4
 """An answer's word that the headroom has grown is believed to one part in so many; that it has shrunk, at once."""
-_OVERDONE = 2
-"""Our level is lowered by so many times of what it is too high: what it missed, calls under way may miss too."""
 
 PERIOD_S = 2.0
 """Calls are counted for so long at a time."""
@@ -45,7 +43,7 @@ class Headroom:
         self._turns += 1
         return self._turns
 
-    def told(self, remaining: int, level: int, moved: int, turn: int) -> int:
+    def told(self, remaining: int, level: int, moved: int, turn: int, kept: int) -> int:
         """Take in what remains; return by how many tokens our level must be lowered.
 
         Args:
@@ -53,6 +51,8 @@ class Headroom:
             level: Our level right after the same call's reservation.
             moved: What ``moved`` was then.
             turn: The call's number.
+            kept: By so much more it may be lowered, and by twice what is missing at most: what our level missed,
+                calls under way may miss too.
         """
         if turn < self._heard:
             return 0
@@ -60,7 +60,7 @@ class Headroom:
         room = remaining - level - (self.moved - moved)
         fewer = 0
         if room < 0:
-            fewer = -room * _OVERDONE
+            fewer = -room + (-room if -room < kept else kept)
             self.moved -= fewer
             self._room = room + fewer
         elif self.known and room > self._room:

@@ -189,14 +189,44 @@ def test_raised_limit_raises_no_level(desk):
     assert desk.level() < 4000
 
 
-def test_lowered_limit_leaves_what_was_used_used(desk):
-    """A limit that shrinks by 4,000 takes as much from the level."""
-    desk.hears(told(10_000, 7000), 1000)
+def test_lowered_limit_takes_nothing_twice(desk):
+    """What headers told that remains is in the level already: it is the new limit at most."""
+    desk.hears(told(10_000, 5000), 1000)
     for now_s in (1020, 1021, 1022):
-        desk.hears(told(6000, 5900), now_s)
+        desk.hears(told(6000, 5000), now_s)
 
     assert desk.limit() == (6000, MINUTE_S)
-    assert desk.level() == pytest.approx(3000, abs=300)
+    assert desk.level() == pytest.approx(5000, abs=300)
+
+
+def test_debt_beyond_the_floor_of_a_lowered_limit_is_forgiven(desk):
+    """A limit that all but vanishes is learned, however deep in debt the bucket was."""
+    desk.hears(told(1_000_000, 10), 1000)
+    call = desk.house.limiter.reserve(ALICE, MODEL, 0, 1)
+    desk.house.backend.settle(call.handle, (5_000_000,))
+    for now_s in (1020, 1021, 1022):
+        desk.hears(told(60, 30), now_s)
+
+    assert desk.limit() == (60, MINUTE_S)
+    assert -600 <= desk.level() <= -590
+
+
+def test_level_is_a_lowered_limit_at_most(desk):
+    """A bucket that was full is full."""
+    desk.hears(told(10_000, 9999), 1000)
+    for now_s in (1020, 1021, 1022):
+        desk.hears(told(6000, 5999), now_s)
+
+    assert desk.level() == 6000
+
+
+def test_lowered_admin_limit_leaves_what_was_used_used(desk):
+    """Nobody has told what remains of it: what had been used is missing from the new one."""
+    desk.reads(AdminLimit(MODEL, "tokens", 10_000, MINUTE_S))
+    desk.house.limiter.reserve(ALICE, MODEL, 10, 3000)
+    desk.reads(AdminLimit(MODEL, "tokens", 6000, MINUTE_S))
+
+    assert desk.level(Source.ADMIN) == pytest.approx(3000, abs=200)
 
 
 @pytest.mark.parametrize(

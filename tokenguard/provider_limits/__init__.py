@@ -185,11 +185,13 @@ class ProviderLimits:
             BackendDown: The budgets cannot be reached.
             InvalidRequest: ``probe`` cannot be the name of a model.
         """
+        if probe is not None:
+            checked_name("probe", probe)
         changes = list(self._learned.heard())
         if self._source.has_admin:
             changes += self._read()
         if probe is not None:
-            changes += self._probed(checked_name("probe", probe))
+            changes += self._probed(probe)
         if not dry_run:
             for change in changes:
                 self._learned.apply(change)

@@ -215,9 +215,13 @@ class Learned:
         except BudgetNotFound:
             self._budgets.put(after, level)
             return
-        if known.budget.scale != after.scale:
-            rises = known.budget.scale.capacity < after.scale.capacity
-            self._budgets.put(after, known.level if rises else None)
+        if known.budget.scale == after.scale:
+            return
+        # What headers tell that remains is in the level: what a smaller limit lacks is not missing twice.
+        if name.source is Source.HEADERS or known.budget.scale.capacity < after.scale.capacity:
+            self._budgets.put(after, max(-after.scale.debt, min(known.level, after.scale.capacity)))
+        else:
+            self._budgets.put(after)
 
     def _remove(self, name: BucketName) -> None:
         with suppress(BudgetNotFound):  # that is what was wanted

@@ -122,8 +122,8 @@ class ProviderSource:
 
     def _plain(self, text: str) -> str:
         """Return a text without any secret of ours that it may repeat."""
-        secrets = [self._account.admin_key, *(value.decode() for _, value in self._account.credentials)]
-        for secret in secrets:
-            if secret:
-                text = text.replace(secret.removeprefix("Bearer "), "…")
+        keys = [value.decode() for name, value in self._account.credentials if name == b"authorization"]
+        for key in (self._account.admin_key, *keys):
+            if key:
+                text = text.replace(key.removeprefix("Bearer "), "…")
         return text
