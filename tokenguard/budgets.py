@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -68,6 +69,14 @@ class Budgets:
         """
         self._backend.put(budget, level, now_us)
         return self._state(budget, explicit=True, now_us=now_us)
+
+    def put_soon(self, budget: Budget, level: int, now_us: int | None = None) -> asyncio.Future[bool] | bool:
+        """Set a budget that need not outlive a crash, unless there is one; see ``Backend.put_soon``."""
+        return self._backend.put_soon(budget, level, now_us)
+
+    def knows(self, name: BucketName) -> bool:
+        """Return whether an explicit budget is set, as far as this process has heard."""
+        return any(budget.name == name for budget in self._backend.on(name.scope))
 
     def get(self, name: BucketName, now_us: int | None = None) -> BudgetState:
         """Return the budget that holds for a scope, explicit or default.

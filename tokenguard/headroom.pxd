@@ -2,7 +2,7 @@
 
 cimport cython
 
-cdef long long _RISE
+cdef long long _RISE, _OVERDONE, _AMPLE
 cdef double PERIOD_S
 
 
@@ -10,15 +10,14 @@ cdef double PERIOD_S
 cdef class Headroom:
     cdef readonly bint known
     cdef readonly long long moved
+    cdef public long long kept
     cdef long long _room
     cdef long long _turns
     cdef long long _heard
 
     cpdef long long turn(self) noexcept
     @cython.locals(room="long long", fewer="long long")
-    cpdef long long told(
-        self, long long remaining, long long level, long long moved, long long turn, long long kept
-    ) noexcept
+    cpdef long long told(self, long long remaining, long long level, long long moved, long long turn) noexcept
     @cython.locals(given="long long")
     cpdef long long give(self, long long cost, long long kept) noexcept
     cpdef void give_all(self, long long cost) noexcept

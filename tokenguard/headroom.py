@@ -15,6 +15,9 @@ from __future__ import annotations
 
 _RISE = 4
 """An answer's word that the headroom has grown is believed to one part in so many; that it has shrunk, at once."""
+_OVERDONE = 2
+"""Our level is lowered by so many times of what it is too high: what it missed, calls under way may miss too."""
+_AMPLE = 2**52
 
 PERIOD_S = 2.0
 """Calls are counted for so long at a time."""
@@ -29,11 +32,13 @@ class Headroom:
         known: Whether the provider has told what remains.
         moved: How many tokens our level has been raised by on the provider's word, in all; lowering counts below
             zero. What a reservation saw before and what is seen after differ by this.
+        kept: By so many tokens at most it is lowered beyond what was too high.
     """
 
     def __init__(self) -> None:
         self.known = False
         self.moved = 0
+        self.kept = _AMPLE
         self._room = 0
         self._turns = 0
         self._heard = 0
@@ -43,7 +48,7 @@ class Headroom:
         self._turns += 1
         return self._turns
 
-    def told(self, remaining: int, level: int, moved: int, turn: int, kept: int) -> int:
+    def told(self, remaining: int, level: int, moved: int, turn: int) -> int:
         """Take in what remains; return by how many tokens our level must be lowered.
 
         Args:
@@ -51,8 +56,6 @@ class Headroom:
             level: Our level right after the same call's reservation.
             moved: What ``moved`` was then.
             turn: The call's number.
-            kept: By so much more it may be lowered, and by twice what is missing at most: what our level missed,
-                calls under way may miss too.
         """
         if turn < self._heard:
             return 0
@@ -60,7 +63,7 @@ class Headroom:
         room = remaining - level - (self.moved - moved)
         fewer = 0
         if room < 0:
-            fewer = -room + (-room if -room < kept else kept)
+            fewer = -room + min(-room * (_OVERDONE - 1), self.kept)
             self.moved -= fewer
             self._room = room + fewer
         elif self.known and room > self._room:

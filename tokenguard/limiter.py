@@ -70,10 +70,10 @@ class Reservation:
             return None  # a node decided on its own: its levels are not those of the bucket
         if tokens >= 0 and plan.tokens_room is not None:
             level = self._outcome.level(plan.tokens_at)
-            fewer_tokens = plan.tokens_room.told(tokens, level, self._tokens_moved, self._tokens_turn, plan.kept)
+            fewer_tokens = plan.tokens_room.told(tokens, level, self._tokens_moved, self._tokens_turn)
         if requests >= 0 and plan.requests_room is not None:
             level = self._outcome.level(plan.requests_at)
-            fewer_requests = plan.requests_room.told(requests, level, self._requests_moved, self._requests_turn, 0)
+            fewer_requests = plan.requests_room.told(requests, level, self._requests_moved, self._requests_turn)
         if fewer_tokens == 0 and fewer_requests == 0:
             return None
         deltas = [0] * len(self.costs)

@@ -21,7 +21,7 @@ cdef class Plan:
     cdef tuple _counts
     cdef bint _theirs
     cdef long long _small
-    cdef readonly long long kept
+    cdef long long _kept
 
     cpdef int64_t limit_at(self, int place) except -1
     @cython.locals(counts=tuple, costs=list, i=cython.int)

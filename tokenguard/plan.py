@@ -34,7 +34,6 @@ class Plan:
         requests_at: Likewise, of requests.
         tokens_room: What is known of the provider's own count of that, if there is one.
         requests_room: Likewise.
-        kept: How many tokens of the first are kept in hand, for calls that count for more than it seemed.
     """
 
     def __init__(
@@ -54,7 +53,11 @@ class Plan:
         self._limits = [budget.scale.capacity if _is_brisk(budget.scale) else 0 for budget in self.budgets]
         self._counts = tuple([_count(budget.name) for budget in self.budgets])
         self._theirs = _THEIRS in self._counts
-        self.kept = 0 if self.tokens_at < 0 else self.budgets[self.tokens_at].scale.capacity // _KEPT
+        self._kept = 0 if self.tokens_at < 0 else self.budgets[self.tokens_at].scale.capacity // _KEPT
+        if tokens_room is not None:
+            tokens_room.kept = self._kept
+        if requests_room is not None:
+            requests_room.kept = self.budgets[self.requests_at].scale.capacity // _KEPT
         self._small = min(
             [_half(self.budgets[i].scale) for i in range(len(self.budgets)) if self._counts[i] <= _THEIRS],
             default=0,
@@ -117,7 +120,7 @@ class Plan:
         if room is not None and unsent:
             room.give_all(costs[self.tokens_at])
         elif room is not None and room.known:
-            given = room.give(costs[self.tokens_at], self.kept)
+            given = room.give(costs[self.tokens_at], self._kept)
         deltas = []
         for i in range(len(counts)):
             delta = tokens - costs[i] if counts[i] <= _THEIRS else 0

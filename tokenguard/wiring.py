@@ -182,7 +182,7 @@ class House:
         account = Account(
             config.openai_base_url, _credentials(config), config.openai_admin_key, config.openai_project
         )
-        source = ProviderSource(account, PROVIDER_TIMEOUT_S)
+        source = ProviderSource(account, min(config.read_timeout_s, PROVIDER_TIMEOUT_S))
         return ProviderLimits(
             self.backend, self._budgets, source, self._metrics.provider_told, config.sync_interval_s
         )

@@ -46,11 +46,11 @@ def test_alarm_stands_until_a_call_is_answered(table, caplog):
     mine.raise_("insufficient_quota", NOW_S)
     mine.raise_("insufficient_quota", NOW_S + 5)
     assert mine.standing(NOW_S + 5) == others.standing(NOW_S + 5) == ["insufficient_quota"]
-    assert (mine.raised, others.raised) == (True, False)
+    assert (mine.raised, others.raised) == (True, True)
 
-    mine.clear()
-    mine.clear()
-    assert mine.standing(NOW_S + 5) == others.standing(NOW_S + 5) == []
+    others.clear(NOW_S + 6)
+    mine.clear(NOW_S + 7)
+    assert mine.standing(NOW_S + 8) == others.standing(NOW_S + 8) == []
     assert [record.levelno for record in caplog.records] == [logging.ERROR, logging.WARNING]
 
 
@@ -77,17 +77,20 @@ def test_several_codes_stand_beside_each_other(table):
         "insufficient_quota",
         "project_spend_limit_exceeded",
     ]
-    alarms.clear()
-    assert alarms.standing(NOW_S) == []
+    alarms.clear(NOW_S + 1)
+    assert alarms.standing(NOW_S + 1) == []
 
 
-def test_alarm_of_a_process_that_is_no_more_is_none(table):
-    """What nobody can end any more does not stand."""
+def test_alarm_outlives_the_process_that_was_told(table):
+    """A worker that dies has not paid: the alarm stands until another's call is answered."""
     in_row_of(table, NOBODY)
     Alarms(table).raise_("insufficient_quota", NOW_S)
     table.hold_row(1, *a_living_process())
+    alarms = Alarms(table)
 
-    assert Alarms(table).standing(NOW_S) == []
+    assert alarms.standing(NOW_S) == ["insufficient_quota"]
+    alarms.clear(NOW_S + 1)
+    assert alarms.standing(NOW_S + 1) == []
 
 
 def test_alarm_of_another_process_stands(table):
@@ -109,8 +112,8 @@ def test_alarm_in_a_row_that_was_somebody_elses_ends_too(table):
 
     assert alarms.standing(NOW_S + 1000) == ["insufficient_quota"]
     assert alarms.standing(NOW_S + 1000 + STALE_S) == []
-    alarms.clear()
-    assert alarms.standing(NOW_S + 1000) == []
+    alarms.clear(NOW_S + 1001)
+    assert alarms.standing(NOW_S + 1001) == []
 
 
 # --- somebody else spends -----------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ cdef class Call:
     cdef _heed(self, watch)
     cdef _lower(self, Reservation reservation, tuple deltas)
     cdef _hear(self)
+    cdef _wait_for(self, heeded)
     @cython.locals(passed=bytes)
     cpdef bytes feed(self, bytes chunk)
     @cython.locals(end=End)
@@ -59,5 +60,6 @@ cdef class Call:
 cdef class CallSoon(Call):
     cdef readonly object settling
 
+    cdef _wait_for(self, heeded)
     cdef _lower(self, Reservation reservation, tuple deltas)
     cdef _settle(self, Settlement settlement)

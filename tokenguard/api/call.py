@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 from urllib.parse import quote
 
 from tokenguard import refusal
@@ -141,7 +142,12 @@ class Call:
         told = self.exchange.told
         if self._guard.watch is not None and told is not None and not self._heard:
             self._heard = True
-            self._guard.watch.refused(self.exchange.model, told, self.exchange.refusal)
+            heeded = self._guard.watch.refused(self.exchange.model, told, self.exchange.refusal)
+            if heeded is not None:
+                self._wait_for(heeded)
+
+    def _wait_for(self, heeded: asyncio.Future[Any]) -> None:
+        """Let the answer's end wait for something else; here, nothing takes a while."""
 
     def feed(self, chunk: bytes) -> bytes:
         """Take in a piece of the provider's body; return what to pass on, which may be nothing.
@@ -231,7 +237,7 @@ class CallSoon(Call):
 
     def __init__(self, guard: Guard, request_id: str) -> None:
         super().__init__(guard, request_id)
-        self.settling: asyncio.Future[int] | None = None
+        self.settling: asyncio.Future[Any] | None = None
 
     def _settle(self, settlement: Settlement | None) -> None:
         """Carry out a settlement; it goes on by itself where that takes a while."""
@@ -246,6 +252,11 @@ class CallSoon(Call):
             self._guard.limiter.lower_soon(reservation, deltas)
         else:
             Call._lower(self, reservation, deltas)  # noqa: SLF001 - as above
+
+    def _wait_for(self, heeded: asyncio.Future[Any]) -> None:
+        """Let the answer's end wait for something else too."""
+        waited_for = [heeded] if self.settling is None else [self.settling, heeded]
+        self.settling = asyncio.gather(*waited_for, return_exceptions=True)
 
     def _settle_soon(self, settlement: Settlement, tokens: int) -> None:
         def settled(settling: asyncio.Future[int]) -> None:

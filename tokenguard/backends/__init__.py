@@ -106,6 +106,18 @@ class Backend(Protocol):
     def put(self, budget: Budget, level: int | None = None, now_us: int | None = None) -> None:
         """Set an explicit budget, and its bucket's level if given; it holds for the next call."""
 
+    def put_soon(self, budget: Budget, level: int, now_us: int | None = None) -> asyncio.Future[bool] | bool:
+        """Set an explicit budget that need not outlive a crash, unless there is one, as fast as can be.
+
+        Returns:
+            Whether it was set; where an event loop runs that must not wait, what tells so once it holds for all.
+
+        Raises:
+            TableFull: There is no room for it; nothing was changed.
+            TableBusy: Others have been changing budgets for over ten seconds; nothing was changed.
+            BackendDown: The budgets cannot be reached.
+        """
+
     def drop(self, name: BucketName, default: Budget | None, now_us: int | None = None) -> None:
         """Remove an explicit budget; ``default`` is what holds in its stead.
 

@@ -14,7 +14,7 @@ from tokenguard._bucket import BucketTable, Handle, Outcome
 from tokenguard.backends.keeper import Keeper
 from tokenguard.backends.mirror import NOTHING, Mirror, read_records, record_of
 from tokenguard.backends.state import StateFile
-from tokenguard.backends.workers import changing, leave, state
+from tokenguard.backends.workers import changing, leave, row_of
 from tokenguard.errors import BudgetNotFound, StateUnwritable, TableFull
 from tokenguard.model import BucketName, Budget, Scale, Scope
 
@@ -92,9 +92,12 @@ class MemoryBackend:
         """Return whether it is for this process of the node to do something now."""
         name = f"claimed\x1f{what}".encode()
         with changing(self.table):
-            if now_s - max(self.table.tallies().get(name, (0,))) < for_s:
+            mine = self.table.tally(name)
+            claimed_ms = self.table.tallies()[name]
+            if now_s - max(claimed_ms) / 1000 < for_s:
                 return False
-            state(self.table, name, int(now_s))
+            before_ms = claimed_ms[row_of(self.table)]  # of a process that is no more, it may be
+            mine.add(int(now_s * 1000) - before_ms)
             return True
 
     def refresh(self) -> None:
@@ -141,6 +144,21 @@ class MemoryBackend:
                 ):  # the budget is there; its level is, within a second, or it is said
                     self._keeper.save(self._budgets())
 
+    def put_soon(self, budget: Budget, level: int, now_us: int | None = None) -> bool:
+        """Set an explicit budget, unless there is one, at once; on the disk it is with the levels.
+
+        Raises:
+            TableFull: There is no room for it, or for its level; nothing was changed.
+            TableBusy: Others have been changing budgets for over ten seconds; nothing was changed.
+        """
+        name, scale = budget
+        with changing(self.table):
+            if self._budgets().find(name) is not None:
+                return False
+            record = self._fitting_record(name, scale)
+            self.table.configure(name.key, scale, level, now_us, record)
+            return True
+
     def drop(self, name: BucketName, default: Budget | None, now_us: int | None = None) -> None:
         """Remove an explicit budget.
 
@@ -162,11 +180,8 @@ class MemoryBackend:
 
     def _change(self, name: BucketName, scale: Scale | None, apply: Callable[[bytes], None]) -> None:
         """Put a change on the disk, then into the table; nobody else changes anything meanwhile."""
+        record = self._fitting_record(name, scale)
         before = self._budgets()
-        record = record_of(name, scale)
-        if self.table.log_room - len(record) < _RESERVE_BYTES:
-            self.table.rewrite(before.records)
-            self._check_room(before, name, record)
         self._keeper.save(before.changed(None, [(name, scale)]))
         try:
             apply(record)
@@ -174,6 +189,15 @@ class MemoryBackend:
             with suppress(StateUnwritable):
                 self._keeper.save(before)
             raise
+
+    def _fitting_record(self, name: BucketName, scale: Scale | None) -> bytes:
+        """Return a change as the log takes it; make room for it."""
+        record = record_of(name, scale)
+        if self.table.log_room - len(record) < _RESERVE_BYTES:
+            before = self._budgets()
+            self.table.rewrite(before.records)
+            self._check_room(before, name, record)
+        return record
 
     def _check_room(self, before: Mirror, name: BucketName, record: bytes) -> None:
         """Refuse to let the budgets grow into what is kept for removing them."""

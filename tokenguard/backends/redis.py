@@ -298,6 +298,33 @@ class RedisBackend:
         text = scale_text(budget.scale)
         self._thread.run(self._configure(budget.name, text, text, level, now_us))
 
+    def put_soon(self, budget: Budget, level: int, now_us: int | None = None) -> asyncio.Future[bool] | bool:
+        """Set an explicit budget, unless there is one, by one script call; the next reserve tells the mirror.
+
+        Raises:
+            BackendDown: Redis is not to be had, and there is no event loop to tell later.
+        """
+        work = self._put_soon(budget, level, now_us)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return self._thread.run(work)
+        return loop.create_task(work)
+
+    async def _put_soon(self, budget: Budget, level: int, now_us: int | None) -> bool:
+        text = scale_text(budget.scale)
+        lane = self._lane()
+        if lane.trouble is not None:
+            raise BackendDown("The budget is not changed", lane.trouble)
+        try:
+            keys, args = self._change(budget.name, text, text, level, now_us)
+            done, *_ = await lane.run(CONFIGURE, keys, (*args, "1"))
+        except LinkLost as error:
+            raise BackendDown("Whether the budget is changed is not known", str(error)) from None
+        if done < 0:  # there are no budgets yet
+            return await self._configure(budget.name, text, text, level, now_us)
+        return bool(done == 1)
+
     def drop(self, name: BucketName, default: Budget | None, now_us: int | None = None) -> None:
         """Remove an explicit budget.
 
@@ -309,13 +336,19 @@ class RedisBackend:
         if not self._thread.run(self._configure(name, "", then, None, now_us)):
             raise BudgetNotFound(f"there is no budget for {name}")
 
+    def _change(
+        self, name: BucketName, explicit: str, then: str, level: int | None, now_us: int | None
+    ) -> tuple[tuple[bytes, ...], tuple[Any, ...]]:
+        """Return the keys and arguments of ``lua/configure.lua``."""
+        keys = (*self._realm.budgets_keys, self._realm.bucket_key(name))
+        optional = ["" if value is None else str(value) for value in (level, now_us)]
+        return keys, (name.key, explicit, then, optional[0], secrets.token_hex(8), optional[1])
+
     async def _configure(
         self, name: BucketName, explicit: str, then: str, level: int | None, now_us: int | None
     ) -> bool:
         """Change one budget; return False if there was nothing to remove."""
-        keys = (*self._realm.budgets_keys, self._realm.bucket_key(name))
-        optional = ["" if value is None else str(value) for value in (level, now_us)]
-        args = (name.key, explicit, then, optional[0], secrets.token_hex(8), optional[1])
+        keys, args = self._change(name, explicit, then, level, now_us)
         for _ in range(2):
             lane = await self._refresh()  # and so there are budgets to change
             try:

@@ -7,12 +7,13 @@ says how the levels follow. A refusal of the provider's closes a gate, or raises
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenguard._heads import Told as Head
 from tokenguard.backends import Backend
@@ -121,7 +122,7 @@ class ProviderLimits:
 
     def passed(self) -> None:
         """A call has been answered."""
-        self._alarms.clear()
+        self._alarms.clear(time.time())
 
     def told(self, model: str, head: Head) -> None:
         """Take in what an answer tells of limits that is new, or cannot be used."""
@@ -142,15 +143,16 @@ class ProviderLimits:
             limit = plan.budgets[plan.tokens_at].scale.capacity
             self._others.spent(model, fewer, room.moved, limit, time.perf_counter())
 
-    def refused(self, model: str, head: Head, body: bytes) -> None:
-        """Heed a 429 of the provider."""
+    def refused(self, model: str, head: Head, body: bytes) -> asyncio.Future[Any] | None:
+        """Heed a 429 of the provider; return what is done once all have heard of it, if that takes a while."""
         in_ms, in_s = head.values(b"retry-after-ms"), head.values(b"retry-after")
         refusal = read_refusal(body, in_ms, in_s, time.time())
         self._count(f"refused-{refusal.kind.value}")
         if refusal.kind is Kind.PAY:
-            self._alarms.raise_(refusal.code, int(time.time()))
+            self._alarms.raise_(refusal.code, time.time())
         elif refusal.kind is Kind.WAIT:
-            self._gates.close(model, refusal.wait_s, refusal.code or "429", time.perf_counter())
+            return self._gates.close(model, refusal.wait_s, refusal.code or "429", time.perf_counter())
+        return None
 
     def _carry_out(self, work: Callable[[], None]) -> None:
         """Change budgets: at once, or beside the calls if that takes a while."""
@@ -256,22 +258,23 @@ class ProviderLimits:
         self._background.after(SWEEP_S, self._sweep)
         self._gates.sweep([name for name in self._learned.current() if name.meter is Meter.GATE])
         self._others.look(time.perf_counter())
+        self._alarms.standing(time.time())
 
     # --- what is told of all that -----------------------------------------------------------------------------
 
     def trouble(self) -> str | None:
         """Return what the operator has to see to, if anything."""
-        codes = self._alarms.standing(int(time.time()))
-        if not codes:
-            return None
-        return f"the provider refuses calls until somebody sees to the account: {', '.join(codes)}"
+        codes = self._alarms.standing(time.time())
+        return (
+            f"the provider refuses calls until somebody sees to the account: {', '.join(codes)}" if codes else None
+        )
 
     def shown(self) -> dict[str, object]:
         """Return how things are with the provider, for ``GET /``."""
         gates = sorted(name.model or "" for name in self._learned.current() if name.meter is Meter.GATE)
         others = self._others.look(time.perf_counter())
         told = {
-            "alarms": self._alarms.standing(int(time.time())),
+            "alarms": self._alarms.standing(time.time()),
             "heldBack": gates,
             "othersTokensPerMinute": others,
         }

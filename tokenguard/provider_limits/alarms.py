@@ -7,7 +7,7 @@ import math
 import threading
 
 from tokenguard._bucket import BucketTable
-from tokenguard.backends.workers import living, state
+from tokenguard.backends.workers import row_of
 from tokenguard.providers.limits import QUOTA_CODES
 
 STALE_S = 300
@@ -22,54 +22,58 @@ _log = logging.getLogger("tokenguard")
 class Alarms:
     """The provider refuses calls until somebody pays, or raises a limit of the account's.
 
-    Each process keeps in the node's table when it was told so last: 0 if not since a call was answered.
+    The node's table has when a process was told so last, in ms since the epoch, and when a call was answered after
+    that: whichever process sees the account come alive again, it does for all.
 
     Args:
         table: The table.
 
     Attributes:
-        raised: Whether this process has been told so, and no call has been answered since.
+        raised: Whether an alarm stands, as far as this process knows: then it wants to know of an answered call.
     """
 
     def __init__(self, table: BucketTable) -> None:
         self._table = table
         self._lock = threading.Lock()
-        self._told: set[str] = set()
         self.raised = False
 
-    def raise_(self, code: str, now_s: int) -> None:
+    def raise_(self, code: str, now_s: float) -> None:
         """The provider has said so; ``now_s`` is the time since the epoch."""
         if code not in QUOTA_CODES:
             code = "insufficient_quota"
         with self._lock:
             new = not self.standing(now_s)
-            self._told.add(code)
-            state(self._table, _name(code), now_s)
+            self._set(_name(code), now_s)
             self.raised = True
         if new:
             _log.error("the provider refuses calls until somebody sees to the account: %s", code)
 
-    def clear(self) -> None:
+    def clear(self, now_s: float) -> None:
         """A call has been answered."""
         with self._lock:
-            if not self.raised:
-                return
             self.raised = False
-            for code in self._told:
-                state(self._table, _name(code), 0)
+            if not self.standing(now_s):
+                return
+            self._set(_CLEARED, now_s)
+            self.raised = False
         _log.warning("the provider answers calls again")
 
-    def standing(self, now_s: int) -> list[str]:
-        """Return the codes that a process of the node was told lately."""
-        alive = set(living(self._table)) or {0}
+    def standing(self, now_s: float) -> list[str]:
+        """Return the codes that a process of the node was told lately, and since a call was answered."""
         tallies = self._table.tallies()
-        return [
-            code
-            for code in sorted(QUOTA_CODES)
-            if any(
-                now_s - told_s < STALE_S for row, told_s in enumerate(tallies.get(_name(code), ())) if row in alive
-            )
-        ]
+        cleared_ms = max(tallies.get(_CLEARED, (0,)))
+        since_ms = max(cleared_ms, int((now_s - STALE_S) * 1000))
+        found = [code for code in sorted(QUOTA_CODES) if max(tallies.get(_name(code), (0,))) > since_ms]
+        self.raised = bool(found)
+        return found
+
+    def _set(self, name: bytes, now_s: float) -> None:
+        tally = self._table.tally(name)
+        before_ms = self._table.tallies()[name][row_of(self._table)]  # of a process that is no more, it may be
+        tally.add(int(now_s * 1000) - before_ms)
+
+
+_CLEARED = b"provider_alarm_cleared"
 
 
 def _name(code: str) -> bytes:
@@ -116,28 +120,34 @@ class Others:
                 spending = self._models[model] = _Spending(moved + fewer, now_s)
             spending.add(spending.moved - moved, now_s, self.AVERAGED_S)
             spending.moved = moved
-            notable = max(self.NOTABLE_TOKENS_PER_MINUTE, self.NOTABLE_PART * limit)
-            if not spending.told and spending.rate >= notable and now_s - spending.began_s >= self.LASTING_S:
+            spending.notable = max(self.NOTABLE_TOKENS_PER_MINUTE, self.NOTABLE_PART * limit)
+            rate = spending.per_minute(now_s, self.AVERAGED_S)
+            lasting = now_s - spending.began_s >= self.LASTING_S
+            if not spending.told and lasting and spending.in_all >= spending.notable:
                 spending.told = True
                 _log.warning(
                     "somebody else uses the provider's key: of %s about %d tokens per minute are spent beside "
                     "what goes through here",
                     model,
-                    spending.rate,
+                    rate,
                 )
         self.look(now_s)
 
     def look(self, now_s: float) -> dict[str, int]:
         """Return the models of which others spend a notable amount, and about how many tokens per minute."""
         with self._lock:
+            rates = {}
             for model, spending in list(self._models.items()):
                 spending.add(0, now_s, self.AVERAGED_S)
-                if abs(spending.rate) < self.NOTABLE_TOKENS_PER_MINUTE / 100:
+                rate = spending.per_minute(now_s, self.AVERAGED_S)
+                if spending.told and rate >= spending.notable / 2:
+                    rates[model] = round(rate)
+                elif spending.told or abs(rate) < self.NOTABLE_TOKENS_PER_MINUTE / 100:
                     del self._models[model]
-            shown = round(sum(spending.rate for spending in self._models.values() if spending.told))
+            shown = sum(rates.values())
             self._tally.add(shown - self._shown)
             self._shown = shown
-            return {model: round(spending.rate) for model, spending in self._models.items() if spending.told}
+            return rates
 
 
 MAX_MODELS = 256
@@ -149,12 +159,17 @@ class _Spending:
     def __init__(self, moved: int, now_s: float) -> None:
         self.moved = moved
         self.began_s = now_s
-        self.rate = 0.0
         self.told = False
+        self.notable = 0.0
+        self.in_all = 0.0
         self._at_s = now_s
 
     def add(self, tokens: int, now_s: float, averaged_s: float) -> None:
         """Take in what was spent just now."""
-        self.rate *= math.exp(-(now_s - self._at_s) / averaged_s)
-        self.rate += tokens * 60 / averaged_s
+        self.in_all = self.in_all * math.exp(-(now_s - self._at_s) / averaged_s) + tokens
         self._at_s = now_s
+
+    def per_minute(self, now_s: float, averaged_s: float) -> float:
+        """Return how much was spent; of what began just now, as if it had always been so."""
+        seen_s = averaged_s * -math.expm1(-(now_s - self.began_s) / averaged_s)
+        return self.in_all * 60 / max(seen_s, 1.0)

@@ -8,6 +8,7 @@ while, it is removed.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import threading
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenguard import arithmetic
 from tokenguard.budgets import Budgets
@@ -37,6 +38,11 @@ _SAME = 1.1
 """Answers that ask for about the same wait close the gate once."""
 _SOON_S = 0.25
 """A gate is not closed for less than that again and again: it lets calls pass one by one as it is."""
+
+SILENCE_S = 60.0
+"""How long after a line in the log there is no other of the same model's gate."""
+MAX_MODELS = 1024
+"""Of so many models it is remembered when there was one."""
 
 _SCOPE = Scope(GLOBAL, GLOBAL_ID)
 _log = logging.getLogger("tokenguard")
@@ -92,9 +98,10 @@ class Gates:
         self._now_us = now_us
         self._lock = threading.Lock()
         self._closed: dict[str, _Closed] = {}
+        self._said_s: dict[str, float] = {}
 
-    def close(self, model: str, wait_s: float | None, why: str, now_s: float) -> None:
-        """Close a model's gate.
+    def close(self, model: str, wait_s: float | None, why: str, now_s: float) -> asyncio.Future[Any] | None:
+        """Close a model's gate; return what is done once it is closed for all, if that takes a while.
 
         Args:
             model: The model.
@@ -108,19 +115,55 @@ class Gates:
                 before = None
             times = 1 if before is None else before.times + 1
             if before is not None and _is_closed_for(before, wait_s, now_s):
-                return
+                return None
             if wait_s is None:
                 wait_s = FIRST_WAIT_S * 2 ** min(times - 1, 10)
             wait_s = min(wait_s, LONGEST_WAIT_S)
             pace = self._pace.rate(model, now_s) * self._processes() * _SLOWER
             budget, level = _closing(model, wait_s, min(max(pace, _LEAST_PACE), _MOST_PACE))
             closed = self._closed[model] = _Closed(now_s, now_s + wait_s, times, budget.scale)
-        if before is None:
+        self._say(model, wait_s, why, now_s)
+        self._background.after(wait_s + GENTLE_S, partial(self._remove, model, closed))
+        if self._budgets.knows(budget.name):
+            self._apply(partial(self._put, budget, level, closed))
+            return None
+        return self._put_soon(budget, level, closed)
+
+    def _say(self, model: str, wait_s: float, why: str, now_s: float) -> None:
+        """Log that a gate closes, once in a while."""
+        if now_s - self._said_s.get(model, -SILENCE_S) >= SILENCE_S:
+            while len(self._said_s) >= MAX_MODELS:
+                self._said_s.pop(next(iter(self._said_s)), None)
+            self._said_s[model] = now_s
             _log.warning(
                 "the provider asks to wait for %.3g s (%s): calls of %s are held back", wait_s, why, model
             )
-        self._apply(partial(self._put, budget, level, closed))
-        self._background.after(wait_s + GENTLE_S, partial(self._remove, model, closed))
+
+    def _put_soon(self, budget: Budget, level: int, closed: _Closed) -> asyncio.Future[Any] | None:
+        """Close a gate that is not known to be there: at once, for calls go on until it is."""
+        try:
+            closing = self._budgets.put_soon(budget, level, self._now_us())
+        except TokenGuardError as error:
+            self._failed(budget.name, closed, error)
+            return None
+        if not isinstance(closing, bool):
+            closing.add_done_callback(partial(self._closed_or_not, budget, level, closed))
+            return closing
+        if not closing:
+            self._apply(partial(self._put, budget, level, closed))
+        return None
+
+    def _closed_or_not(self, budget: Budget, level: int, closed: _Closed, closing: asyncio.Future[bool]) -> None:
+        if closing.cancelled():
+            return
+        if (error := closing.exception()) is not None:
+            self._failed(budget.name, closed, error)
+        elif not closing.result():  # somebody else has closed it, perhaps for longer
+            self._apply(partial(self._put, budget, level, closed))
+
+    def _failed(self, name: BucketName, closed: _Closed, error: BaseException) -> None:
+        _log.warning("the gate of %s stays open: %s", name.model, error)
+        self._forget(name.model, closed)  # so that the next refusal closes it
 
     def sweep(self, gates: list[BucketName]) -> None:
         """See to it that gates are removed some time whose closer may be no more."""
@@ -137,8 +180,7 @@ class Gates:
             if self._wait_s(name) < closed.until_s - closed.at_s:
                 self._budgets.put(budget, level, self._now_us())
         except TokenGuardError as error:
-            _log.warning("the gate of %s stays open: %s", name.model, error)
-            self._forget(name.model, closed)  # so that the next refusal closes it
+            self._failed(name, closed, error)
 
     def _wait_s(self, name: BucketName) -> float:
         """Return how long a gate lets no call pass; below zero if there is none.

@@ -23,7 +23,7 @@ AGREEING = 3
 """So many answers in a row must tell another limit before it is believed."""
 
 STEADY_S = 10.0
-"""How long a limit that was believed stands at least."""
+"""How long a limit that was believed stands at least before a higher one is."""
 
 T = TypeVar("T")
 
@@ -153,7 +153,8 @@ class Learned:
         if doubt is not None and doubt.told != after:
             self._count("flapping")
         _keep(self._doubts, name, _Doubt(after, times))
-        return times < AGREEING or since_s < STEADY_S
+        rises = before is not None and after.scale.rate > before.scale.rate
+        return times < AGREEING or (rises and since_s < STEADY_S)
 
     def _believe(self, name: BucketName, before: Budget | None, after: Budget, level: int, now_s: float) -> Change:
         self._doubts.pop(name, None)
@@ -215,13 +216,9 @@ class Learned:
         except BudgetNotFound:
             self._budgets.put(after, level)
             return
-        if known.budget.scale == after.scale:
-            return
-        # What headers tell that remains is in the level: what a smaller limit lacks is not missing twice.
-        if name.source is Source.HEADERS or known.budget.scale.capacity < after.scale.capacity:
+        if known.budget.scale != after.scale:
+            # What remains has lowered the level already; what was used does not count twice.
             self._budgets.put(after, max(-after.scale.debt, min(known.level, after.scale.capacity)))
-        else:
-            self._budgets.put(after)
 
     def _remove(self, name: BucketName) -> None:
         with suppress(BudgetNotFound):  # that is what was wanted

@@ -122,8 +122,9 @@ class ProviderSource:
 
     def _plain(self, text: str) -> str:
         """Return a text without any secret of ours that it may repeat."""
-        keys = [value.decode() for name, value in self._account.credentials if name == b"authorization"]
-        for key in (self._account.admin_key, *keys):
-            if key:
-                text = text.replace(key.removeprefix("Bearer "), "…")
+        secrets = [self._account.admin_key]
+        secrets += [value.decode() for name, value in self._account.credentials if name == b"authorization"]
+        for secret in secrets:
+            if secret:
+                text = text.replace(secret.removeprefix("Bearer "), "…")
         return text
