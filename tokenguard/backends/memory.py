@@ -14,7 +14,7 @@ from tokenguard._bucket import BucketTable, Handle, Outcome
 from tokenguard.backends.keeper import Keeper
 from tokenguard.backends.mirror import NOTHING, Mirror, read_records, record_of
 from tokenguard.backends.state import StateFile
-from tokenguard.backends.workers import changing, leave, row_of
+from tokenguard.backends.workers import changing, leave, state
 from tokenguard.errors import BudgetNotFound, StateUnwritable, TableFull
 from tokenguard.model import BucketName, Budget, Scale, Scope
 
@@ -92,12 +92,9 @@ class MemoryBackend:
         """Return whether it is for this process of the node to do something now."""
         name = f"claimed\x1f{what}".encode()
         with changing(self.table):
-            mine = self.table.tally(name)
-            claimed_ms = self.table.tallies()[name]
-            if now_s - max(claimed_ms) / 1000 < for_s:
+            if now_s - max(self.table.tallies().get(name, (0,))) / 1000 < for_s:
                 return False
-            before_ms = claimed_ms[row_of(self.table)]  # of a process that is no more, it may be
-            mine.add(int(now_s * 1000) - before_ms)
+            state(self.table, name, int(now_s * 1000))
             return True
 
     def refresh(self) -> None:

@@ -265,9 +265,9 @@ class ProviderLimits:
     def trouble(self) -> str | None:
         """Return what the operator has to see to, if anything."""
         codes = self._alarms.standing(time.time())
-        return (
-            f"the provider refuses calls until somebody sees to the account: {', '.join(codes)}" if codes else None
-        )
+        if not codes:
+            return None
+        return f"the provider refuses calls until somebody sees to the account: {', '.join(codes)}"
 
     def shown(self) -> dict[str, object]:
         """Return how things are with the provider, for ``GET /``."""

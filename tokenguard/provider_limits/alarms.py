@@ -7,7 +7,7 @@ import math
 import threading
 
 from tokenguard._bucket import BucketTable
-from tokenguard.backends.workers import row_of
+from tokenguard.backends.workers import state
 from tokenguard.providers.limits import QUOTA_CODES
 
 STALE_S = 300
@@ -43,7 +43,7 @@ class Alarms:
             code = "insufficient_quota"
         with self._lock:
             new = not self.standing(now_s)
-            self._set(_name(code), now_s)
+            state(self._table, _name(code), int(now_s * 1000))
             self.raised = True
         if new:
             _log.error("the provider refuses calls until somebody sees to the account: %s", code)
@@ -54,7 +54,7 @@ class Alarms:
             self.raised = False
             if not self.standing(now_s):
                 return
-            self._set(_CLEARED, now_s)
+            state(self._table, _CLEARED, int(now_s * 1000))
             self.raised = False
         _log.warning("the provider answers calls again")
 
@@ -66,11 +66,6 @@ class Alarms:
         found = [code for code in sorted(QUOTA_CODES) if max(tallies.get(_name(code), (0,))) > since_ms]
         self.raised = bool(found)
         return found
-
-    def _set(self, name: bytes, now_s: float) -> None:
-        tally = self._table.tally(name)
-        before_ms = self._table.tallies()[name][row_of(self._table)]  # of a process that is no more, it may be
-        tally.add(int(now_s * 1000) - before_ms)
 
 
 _CLEARED = b"provider_alarm_cleared"
