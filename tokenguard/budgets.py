@@ -70,8 +70,8 @@ class Budgets:
         self._backend.put(budget, level, now_us)
         return self._state(budget, explicit=True, now_us=now_us)
 
-    def put_soon(self, budget: Budget, level: int, now_us: int | None = None) -> asyncio.Future[Any] | None:
-        """Set a budget that need not outlive a crash, as fast as can be; see ``Backend.put_soon``."""
+    def put_soon(self, budget: Budget, level: int, now_us: int | None = None) -> asyncio.Future[bool] | bool:
+        """Set a budget that need not outlive a crash, unless there is one; see ``Backend.put_soon``."""
         return self._backend.put_soon(budget, level, now_us)
 
     def knows(self, name: BucketName) -> bool:

@@ -16,6 +16,7 @@ cdef class Reservation:
     cdef public bint unsent
     cdef Outcome _outcome
     cdef bint _open
+    cdef bint _heard
     cdef long long _tokens_moved
     cdef long long _requests_moved
     cdef long long _tokens_turn

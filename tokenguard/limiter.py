@@ -30,6 +30,7 @@ class Reservation:
         self._outcome = outcome
         self._open = True
         self.unsent = False
+        self._heard = False
         self._tokens_moved = self._tokens_turn = self._requests_moved = self._requests_turn = 0
         if plan.tokens_room is not None:
             self._tokens_moved, self._tokens_turn = plan.tokens_room.moved, plan.tokens_room.turn()
@@ -69,6 +70,7 @@ class Reservation:
         if type(self._outcome.handle) is not type(plan.handle):
             return None  # a node decided on its own: its levels are not those of the bucket
         if tokens >= 0 and plan.tokens_room is not None:
+            self._heard = True
             level = self._outcome.level(plan.tokens_at)
             fewer_tokens = plan.tokens_room.told(tokens, level, self._tokens_moved, self._tokens_turn)
         if requests >= 0 and plan.requests_room is not None:
@@ -103,7 +105,7 @@ class Reservation:
         if tokens < 0:
             raise ValueError(f"tokens must be at least 0, got {tokens}")
         self.close()
-        return self._outcome.handle, self.plan.deltas(self.costs, tokens, self.unsent)
+        return self._outcome.handle, self.plan.deltas(self.costs, tokens, self.unsent, self._heard)
 
     def reopen(self) -> None:
         """Take back ``close``, for nothing came of it."""

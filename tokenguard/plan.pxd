@@ -27,7 +27,7 @@ cdef class Plan:
     @cython.locals(counts=tuple, costs=list, i=cython.int)
     cpdef tuple costs(self, prompt, total, most=*)
     @cython.locals(counts=tuple, deltas=list, i=cython.int, given="long long", room=Headroom)
-    cpdef tuple deltas(self, tuple costs, tokens, bint unsent=*)
+    cpdef tuple deltas(self, tuple costs, tokens, bint unsent=*, bint heard=*)
 
 
 cdef _cost(int count, total, most)

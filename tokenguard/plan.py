@@ -101,7 +101,9 @@ class Plan:
                 costs.append(_cost(counts[i], total, most))
         return tuple(costs)
 
-    def deltas(self, costs: tuple[int, ...], tokens: int, unsent: bool = False) -> tuple[int, ...]:
+    def deltas(
+        self, costs: tuple[int, ...], tokens: int, unsent: bool = False, heard: bool = True
+    ) -> tuple[int, ...]:
         """Return what each bucket is still owed once a call took ``tokens``; requests stay counted.
 
         Of what the provider's own buckets were charged, as much is given back as the provider's count allows,
@@ -111,6 +113,7 @@ class Plan:
             costs: What each was charged.
             tokens: What the call took.
             unsent: Whether the provider cannot have counted it.
+            heard: Whether the provider's answer told what remains; else all go by what the call took.
         """
         counts = self._counts
         if not self._theirs:
@@ -119,7 +122,7 @@ class Plan:
         room = self.tokens_room
         if room is not None and unsent:
             room.give_all(costs[self.tokens_at])
-        elif room is not None and room.known:
+        elif room is not None and room.known and heard:
             given = room.give(costs[self.tokens_at], self._kept)
         deltas = []
         for i in range(len(counts)):

@@ -128,7 +128,7 @@ def test_node_that_decides_on_its_own_never_lowers(redis):
 
         assert isinstance(call, Reservation)
         assert call.lowering(5, -1) is None
-        assert before.lowering(8000, -1) == (2000,)
+        assert before.lowering(8000, -1) == (1000 + 10_000 // 32,)
 
 
 # --- whose turn it is ---------------------------------------------------------------------------------------

@@ -29,6 +29,14 @@ def test_less_than_we_think_lowers_our_level():
     assert (room.known, room.moved) == (True, -200)
 
 
+def test_level_is_lowered_by_what_is_missing_and_what_is_kept_at_most():
+    """A limit that was cut to a third is no reason to be in debt."""
+    room = Headroom()
+    room.kept = 937
+
+    assert told(room, 9000, 30_000) == 21_937
+
+
 def test_as_much_or_more_lowers_nothing():
     """A provider that grants more than we do leaves our level alone."""
     room = Headroom()
@@ -241,6 +249,16 @@ def test_less_than_we_think_lowers_only_the_bucket_that_was_told_of():
 
     assert call.lowering(9000, -1) == (200, 0, 0)
     assert asks(house, 0, 1, 1).lowering(-1, 40) == (0, 9, 0)
+
+
+def test_call_whose_answer_tells_nothing_goes_by_its_usage():
+    """Where header fields go missing, what calls took is all that is known."""
+    house = house_of(learned(10_000))
+    heard, not_heard = asks(house, 10, 300, 900), asks(house, 10, 300, 900)
+    heard.lowering(9100, -1)
+
+    assert not_heard.close_at(40)[1] == (40 - 900,)
+    assert heard.close_at(40)[1] == (0,)
 
 
 def test_plans_of_all_callers_share_what_is_known():

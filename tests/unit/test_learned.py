@@ -176,7 +176,7 @@ def test_lower_limit_is_believed_at_the_third_answer(desk):
     assert [desk.hears(told(5000), 1000 + tenth / 10) is not None for tenth in (1, 2, 3)] == [False, False, True]
 
 
-def test_flapping_rewrites_nothing_and_is_counted(desk):
+def test_flapping_rewrites_little_and_is_counted(desk):
     """A provider whose machines disagree does not change budgets with every answer."""
     rnd = random.Random(4)
     for second in range(3000):
@@ -211,6 +211,18 @@ def test_lowered_limit_lowers_the_level_to_itself_at_most(desk, level, left):
 
     assert desk.limit() == (6000, MINUTE_S)
     assert desk.level() == pytest.approx(left, abs=300)
+
+
+def test_debt_beyond_the_floor_of_a_lowered_limit_is_forgiven(desk):
+    """A limit that all but vanishes is learned, however deep in debt the bucket was."""
+    desk.hears(told(1_000_000, 10), 1000)
+    call = desk.house.limiter.reserve(ALICE, MODEL, 0, 1)
+    desk.house.backend.settle(call.handle, (5_000_000,))
+    for now_s in (1020, 1021, 1022):
+        desk.hears(told(60, 30), now_s)
+
+    assert desk.limit() == (60, MINUTE_S)
+    assert -600 <= desk.level() <= -590
 
 
 @pytest.mark.parametrize(

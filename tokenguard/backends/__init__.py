@@ -106,11 +106,11 @@ class Backend(Protocol):
     def put(self, budget: Budget, level: int | None = None, now_us: int | None = None) -> None:
         """Set an explicit budget, and its bucket's level if given; it holds for the next call."""
 
-    def put_soon(self, budget: Budget, level: int, now_us: int | None = None) -> asyncio.Future[Any] | None:
-        """Set an explicit budget that need not outlive a crash, and its level, as fast as can be.
+    def put_soon(self, budget: Budget, level: int, now_us: int | None = None) -> asyncio.Future[bool] | bool:
+        """Set an explicit budget that need not outlive a crash, unless there is one, as fast as can be.
 
         Returns:
-            Where an event loop runs that must not wait: what is done once it holds for all, or failed as below.
+            Whether it was set; where an event loop runs that must not wait, what tells so once it holds for all.
 
         Raises:
             TableFull: There is no room for it; nothing was changed.

@@ -141,8 +141,8 @@ class MemoryBackend:
                 ):  # the budget is there; its level is, within a second, or it is said
                     self._keeper.save(self._budgets())
 
-    def put_soon(self, budget: Budget, level: int, now_us: int | None = None) -> None:
-        """Set an explicit budget at once; on the disk it is with the levels.
+    def put_soon(self, budget: Budget, level: int, now_us: int | None = None) -> bool:
+        """Set an explicit budget, unless there is one, at once; on the disk it is with the levels.
 
         Raises:
             TableFull: There is no room for it, or for its level; nothing was changed.
@@ -150,8 +150,11 @@ class MemoryBackend:
         """
         name, scale = budget
         with changing(self.table):
+            if self._budgets().find(name) is not None:
+                return False
             record = self._fitting_record(name, scale)
             self.table.configure(name.key, scale, level, now_us, record)
+            return True
 
     def drop(self, name: BucketName, default: Budget | None, now_us: int | None = None) -> None:
         """Remove an explicit budget.

@@ -97,7 +97,7 @@ class RedisBackend:
         self._thread = LoopThread()
         self._counting = threading.Lock()
         self._counted: dict[Lane | None, dict[str, int]] = {}
-        self._changes_under_way: set[asyncio.Task[None]] = set()
+        self._changes_under_way: set[asyncio.Task[bool]] = set()
 
     def _lane(self) -> Lane:
         """Return the lane of the running event loop."""
@@ -299,8 +299,8 @@ class RedisBackend:
         text = scale_text(budget.scale)
         self._thread.run(self._configure(budget.name, text, text, level, now_us))
 
-    def put_soon(self, budget: Budget, level: int, now_us: int | None = None) -> asyncio.Future[Any] | None:
-        """Set an explicit budget by one script call; the mirror hears of it with the next reserve.
+    def put_soon(self, budget: Budget, level: int, now_us: int | None = None) -> asyncio.Future[bool] | bool:
+        """Set an explicit budget, unless there is one, by one script call; the next reserve tells the mirror.
 
         Raises:
             BackendDown: Redis is not to be had, and there is no event loop to tell later.
@@ -309,24 +309,25 @@ class RedisBackend:
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
-            self._thread.run(work)
-            return None
+            return self._thread.run(work)
         task = loop.create_task(work)
         self._changes_under_way.add(task)  # a loop alone does not keep its tasks
         task.add_done_callback(self._changes_under_way.discard)
         return asyncio.shield(task)  # whoever waits may be cancelled
 
-    async def _put_soon(self, budget: Budget, level: int, now_us: int | None) -> None:
+    async def _put_soon(self, budget: Budget, level: int, now_us: int | None) -> bool:
         text = scale_text(budget.scale)
         lane = self._lane()
         if lane.trouble is not None:
             raise BackendDown("The budget is not changed", lane.trouble)
         try:
-            done, *_ = await lane.run(CONFIGURE, *self._change(budget.name, text, text, level, now_us))
+            keys, args = self._change(budget.name, text, text, level, now_us)
+            done, *_ = await lane.run(CONFIGURE, keys, (*args, "1"))
         except LinkLost as error:
             raise BackendDown("Whether the budget is changed is not known", str(error)) from None
         if done < 0:  # there are no budgets yet
-            await self._configure(budget.name, text, text, level, now_us)
+            return await self._configure(budget.name, text, text, level, now_us)
+        return bool(done == 1)
 
     def drop(self, name: BucketName, default: Budget | None, now_us: int | None = None) -> None:
         """Remove an explicit budget.

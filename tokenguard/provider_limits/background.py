@@ -11,6 +11,9 @@ import weakref
 from collections.abc import Callable
 from itertools import count
 
+PATIENCE_S = 2.0
+"""How long who stops waits for what is under way, which may be an answer of the provider's."""
+
 _log = logging.getLogger("tokenguard")
 
 
@@ -44,14 +47,14 @@ class Background:
             self._changed.notify()
 
     def stop(self) -> None:
-        """Do nothing more; what is under way ends."""
+        """Do nothing more; what is under way has a moment to end."""
         with self._changed:
             self._stopping = True
             self._due.clear()
             self._changed.notify()
             thread = self._thread
         if thread is not None:
-            thread.join()
+            thread.join(PATIENCE_S)
 
     def _run(self) -> None:
         while (work := self._next()) is not None:

@@ -146,13 +146,20 @@ class Gates:
         except TokenGuardError as error:
             self._failed(budget.name, closed, error)
             return None
-        if closing is not None:
-            closing.add_done_callback(partial(self._closed_or_not, budget.name, closed))
-        return closing
+        if not isinstance(closing, bool):
+            closing.add_done_callback(partial(self._closed_or_not, budget, level, closed))
+            return closing
+        if not closing:
+            self._apply(partial(self._put, budget, level, closed))
+        return None
 
-    def _closed_or_not(self, name: BucketName, closed: _Closed, closing: asyncio.Future[Any]) -> None:
-        if not closing.cancelled() and (error := closing.exception()) is not None:
-            self._failed(name, closed, error)
+    def _closed_or_not(self, budget: Budget, level: int, closed: _Closed, closing: asyncio.Future[bool]) -> None:
+        if closing.cancelled():
+            return
+        if (error := closing.exception()) is not None:
+            self._failed(budget.name, closed, error)
+        elif not closing.result():  # somebody else has closed it, perhaps for longer
+            self._apply(partial(self._put, budget, level, closed))
 
     def _failed(self, name: BucketName, closed: _Closed, error: BaseException) -> None:
         _log.warning("the gate of %s stays open: %s", name.model, error)

@@ -218,7 +218,7 @@ class Learned:
             return
         if known.budget.scale != after.scale:
             # What remains has lowered the level already; what was used does not count twice.
-            self._budgets.put(after, min(known.level, after.scale.capacity))
+            self._budgets.put(after, max(-after.scale.debt, min(known.level, after.scale.capacity)))
 
     def _remove(self, name: BucketName) -> None:
         with suppress(BudgetNotFound):  # that is what was wanted

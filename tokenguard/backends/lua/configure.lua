@@ -10,13 +10,15 @@
 -- ARGV[4]  its level in whole tokens; empty to leave what was used used
 -- ARGV[5]  16 random digits for the new epoch
 -- ARGV[6]  the time in µs, for tests: nothing expires then; empty asks the clock of Redis
+-- ARGV[7]  1 to set it only if there is none yet
 -- Returns  [outcome, forgiven, clock_steps]: outcome 1 if it is done, 0 if there was nothing to remove, -1 if there is
---          no epoch, which means that the budgets are not there; forgiven in tokens
+--          no epoch, which means that the budgets are not there, 2 if there was one already; forgiven in tokens
 
 local KEPT_CHANGES = 255
 
 local epoch = redis.call('GET', KEYS[1])
 if not epoch then return { -1, 0, 0 } end
+if ARGV[7] == '1' and redis.call('HMGET', KEYS[2], ARGV[1])[1] then return { 2, 0, 0 } end
 if ARGV[2] ~= '' then
     redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
 elseif redis.call('HDEL', KEYS[2], ARGV[1]) == 0 then
