@@ -34,7 +34,7 @@ from tokenguard.metrics import Metrics
 from tokenguard.model import Headers
 from tokenguard.plan import Plans
 from tokenguard.provider_limits import ProviderLimits
-from tokenguard.provider_limits.source import Account, ProviderSource
+from tokenguard.provider_limits.source import ProviderAccount, ProviderSource
 from tokenguard.upstream import Hop, Upstream
 from tokenguard.upstream._pool import PooledUpstream
 
@@ -179,7 +179,7 @@ class House:
 
     def _limits(self) -> ProviderLimits:
         config = self.config
-        account = Account(
+        account = ProviderAccount(
             config.openai_base_url, _credentials(config), config.openai_admin_key, config.openai_project
         )
         source = ProviderSource(account, min(config.read_timeout_s, PROVIDER_TIMEOUT_S))

@@ -13,7 +13,7 @@ from tokenguard.limiter import Reservation
 from tokenguard.model import Decision, Identity, Meter, Source
 from tokenguard.provider_limits.background import Background
 from tokenguard.provider_limits.gates import Gates, gate_of
-from tokenguard.provider_limits.learned import Learned, Told
+from tokenguard.provider_limits.learned import Learned, Reading
 
 NOW_S = 1_790_000_000.0
 
@@ -74,7 +74,7 @@ def test_gate_that_is_removed_is_open_everywhere(pair):
 def test_limit_that_one_node_learns_binds_on_the_other(pair):
     """With its source, and with what was used of it."""
     a, b = pair
-    told = Told(10_000, 4000, b"36s", 4000)
+    told = Reading(10_000, 4000, b"36s", 4000)
     first, second = (Learned(node.backend, node.budgets, lambda _: None) for node in pair)
     first.apply(first.hear(MODEL, Meter.TOKENS, told, 1000.0))
     refused = b.reserve(5000)

@@ -14,7 +14,7 @@ from tokenguard.errors import InvalidRequest, InvalidValue, ProviderError
 from tokenguard.model import Budget, Meter, Source
 from tokenguard.provider_limits import ProviderLimits
 from tokenguard.provider_limits.gates import gate_of
-from tokenguard.provider_limits.source import MAX_PAGES, Account, ProviderSource
+from tokenguard.provider_limits.source import MAX_PAGES, ProviderAccount, ProviderSource
 
 KEY, ADMIN_KEY = "sk-ordinary-0123456789", "sk-admin-9876543210"
 PATH = "/v1/organization/projects/proj%2F1/rate_limits"
@@ -97,7 +97,7 @@ def provider(script):
 
 
 def source_of(url, *, admin_key=ADMIN_KEY, credentials=CREDENTIALS, timeout_s=10.0):
-    return ProviderSource(Account(url, credentials, admin_key, "proj/1"), timeout_s)
+    return ProviderSource(ProviderAccount(url, credentials, admin_key, "proj/1"), timeout_s)
 
 
 def fails(source, ask=ProviderSource.read):
@@ -235,7 +235,7 @@ def test_nobody_there_is_told():
 
 def test_secrets_show_nowhere():
     """Neither in what an account is shown as, nor in what asks."""
-    account = Account("http://x/v1", CREDENTIALS, ADMIN_KEY, "proj")
+    account = ProviderAccount("http://x/v1", CREDENTIALS, ADMIN_KEY, "proj")
     shown = f"{account} {account!r} {[account]} {ProviderSource(account, 1)!r}"
 
     assert KEY not in shown

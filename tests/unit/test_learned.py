@@ -8,7 +8,7 @@ import pytest
 from tests.house import ALICE, MODEL, NOW_US, House, S, grant, named
 from tests.mirror import learned
 from tests.unit.test_provider_wire import go_duration
-from tokenguard._heads import Told as Head
+from tokenguard._heads import Told
 from tokenguard.arithmetic import MAX_CAPACITY
 from tokenguard.backends.memory import MemoryBackend
 from tokenguard.errors import BudgetNotFound, InvalidValue
@@ -20,7 +20,7 @@ from tokenguard.provider_limits.learned import (
     STEADY_S,
     Change,
     Learned,
-    Told,
+    Reading,
     limits_of,
     per_minute,
     window_of,
@@ -32,7 +32,7 @@ def told(limit, remaining=None, window_s=MINUTE_S):
     """Return what header fields tell of a bucket."""
     remaining = limit - max(1, limit // 10) if remaining is None else remaining
     reset = go_duration(round((limit - remaining) / limit * window_s * 1000))
-    return Told(limit, remaining, reset, remaining)
+    return Reading(limit, remaining, reset, remaining)
 
 
 class Desk:
@@ -88,7 +88,7 @@ def test_first_limit_is_believed_at_once(desk):
 
 def test_level_is_the_least_of_what_a_call_has_to_pass(desk):
     """Where a project's limit is the tighter one, but less remains of the organization's, that is the level."""
-    desk.hears(Told(60_000, 57_000, b"3s", 20_000))
+    desk.hears(Reading(60_000, 57_000, b"3s", 20_000))
 
     assert desk.limit() == (60_000, MINUTE_S)
     assert desk.level() == pytest.approx(20_000, abs=1000)
@@ -114,7 +114,7 @@ def test_limit_of_a_day_is_believed_when_three_answers_tell_it(desk):
     assert desk.level(meter=Meter.REQUESTS) == 9000
 
 
-@pytest.mark.parametrize("between", [Told(10_000, 9000, b"42s", 9000), Told(10_000, 9000, b"?", 9000)])
+@pytest.mark.parametrize("between", [Reading(10_000, 9000, b"42s", 9000), Reading(10_000, 9000, b"?", 9000)])
 def test_answer_that_contradicts_a_day_begins_anew(desk, between):
     """Three answers in a row must tell a day: one between them that fits no window is no such row."""
     for _ in range(20):
@@ -138,7 +138,7 @@ def test_windows_of_a_minute_are_never_taken_for_a_day(desk, seed, per_minute):
         left_s = 60 - now_s % 60
         for meter, limit, by in ((Meter.REQUESTS, 10_000, used), (Meter.TOKENS, 200_000, used * 321)):
             if by < limit:
-                desk.hears(Told(limit, limit - by, go_duration(int(left_s * 1000)), limit - by), now_s, meter)
+                desk.hears(Reading(limit, limit - by, go_duration(int(left_s * 1000)), limit - by), now_s, meter)
         for meter in (Meter.REQUESTS, Meter.TOKENS):
             assert (desk.limit(meter=meter) or (0, MINUTE_S))[1] == MINUTE_S, f"seed {seed} at {now_s} s"
         for change in desk.learned.heard():
@@ -228,10 +228,10 @@ def test_debt_beyond_the_floor_of_a_lowered_limit_is_forgiven(desk):
 @pytest.mark.parametrize(
     ("what", "counted"),
     [
-        (Told(10_000, 10_000, b"0s", 10_000), "unclear"),
-        (Told(10_000, 9000, b"", 9000), "unclear"),
-        (Told(10_000, 9000, b"52s", 9000), "unclear"),
-        (Told(MAX_CAPACITY + 1, MAX_CAPACITY // 2, b"30s", 1), "unusable"),
+        (Reading(10_000, 10_000, b"0s", 10_000), "unclear"),
+        (Reading(10_000, 9000, b"", 9000), "unclear"),
+        (Reading(10_000, 9000, b"52s", 9000), "unclear"),
+        (Reading(MAX_CAPACITY + 1, MAX_CAPACITY // 2, b"30s", 1), "unusable"),
     ],
 )
 def test_what_cannot_be_used_is_counted_and_changes_nothing(desk, what, counted):
@@ -243,7 +243,7 @@ def test_what_cannot_be_used_is_counted_and_changes_nothing(desk, what, counted)
 def test_what_tells_no_window_of_a_known_limit_is_nothing_new(desk):
     """A full bucket tells no window, and need not."""
     desk.hears(told(10_000))
-    desk.hears(Told(10_000, 10_000, b"0s", 10_000))
+    desk.hears(Reading(10_000, 10_000, b"0s", 10_000))
 
     assert desk.counted == ["learned"]
 
@@ -305,7 +305,7 @@ def test_probe_is_believed_at_once(desk):
 
     assert window_of(change.after) == DAY_S
     assert change.level == 9999
-    assert list(desk.learned.probed(MODEL, Meter.TOKENS, Told(10_000, 10_000, b"0s", 10_000))) == []
+    assert list(desk.learned.probed(MODEL, Meter.TOKENS, Reading(10_000, 10_000, b"0s", 10_000))) == []
 
 
 # --- of the admin API ---------------------------------------------------------------------------------------
@@ -450,7 +450,7 @@ def test_learned_budgets_are_known_to_all_processes():
 
 def test_head_tells_tokens_and_requests():
     """In this order; the window is that of the limit which is the tightest, whatever else remains."""
-    head = Head(
+    head = Told(
         [
             (b"x-ratelimit-limit-requests", b"500"),
             (b"x-ratelimit-remaining-requests", b"499"),
@@ -466,14 +466,14 @@ def test_head_tells_tokens_and_requests():
     (tokens, of_tokens), (requests, of_requests) = limits_of(head)
 
     assert (tokens, requests) == (Meter.TOKENS, Meter.REQUESTS)
-    assert of_tokens == Told(60_000, 57_000, b"3s", 20_000)
-    assert of_requests == Told(500, 499, b"120ms", 499)
+    assert of_tokens == Reading(60_000, 57_000, b"3s", 20_000)
+    assert of_requests == Reading(500, 499, b"120ms", 499)
     assert (of_tokens.window_s, of_requests.window_s) == (MINUTE_S, MINUTE_S)
 
 
 def test_head_without_limits_tells_none():
     """Nothing is made up."""
-    assert list(limits_of(Head([(b"content-type", b"text/plain")]))) == []
+    assert list(limits_of(Told([(b"content-type", b"text/plain")]))) == []
 
 
 def test_learned_budget_holds_until_the_time_that_its_level_says():

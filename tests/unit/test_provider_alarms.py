@@ -43,8 +43,8 @@ def test_alarm_stands_until_a_call_is_answered(table, caplog):
     join(table)
     mine, others = Alarms(table), Alarms(table)
 
-    mine.raise_("insufficient_quota", NOW_S)
-    mine.raise_("insufficient_quota", NOW_S + 5)
+    mine.sound("insufficient_quota", NOW_S)
+    mine.sound("insufficient_quota", NOW_S + 5)
     assert mine.standing(NOW_S + 5) == others.standing(NOW_S + 5) == ["insufficient_quota"]
     assert (mine.raised, others.raised) == (True, True)
 
@@ -58,8 +58,8 @@ def test_alarm_ends_by_itself(table):
     """Five minutes after the provider said so last, nobody knows whether it still holds."""
     join(table)
     alarms = Alarms(table)
-    alarms.raise_("insufficient_quota", NOW_S)
-    alarms.raise_("insufficient_quota", NOW_S + 100)
+    alarms.sound("insufficient_quota", NOW_S)
+    alarms.sound("insufficient_quota", NOW_S + 100)
 
     assert alarms.standing(NOW_S + 100 + STALE_S - 1) == ["insufficient_quota"]
     assert alarms.standing(NOW_S + 100 + STALE_S) == []
@@ -70,7 +70,7 @@ def test_several_codes_stand_beside_each_other(table):
     join(table)
     alarms = Alarms(table)
     for code in ("project_spend_limit_exceeded", "what else", "credit_balance_exhausted"):
-        alarms.raise_(code, NOW_S)
+        alarms.sound(code, NOW_S)
 
     assert alarms.standing(NOW_S) == [
         "credit_balance_exhausted",
@@ -84,7 +84,7 @@ def test_several_codes_stand_beside_each_other(table):
 def test_alarm_outlives_the_process_that_was_told(table):
     """A worker that dies has not paid: the alarm stands until another's call is answered."""
     in_row_of(table, NOBODY)
-    Alarms(table).raise_("insufficient_quota", NOW_S)
+    Alarms(table).sound("insufficient_quota", NOW_S)
     table.hold_row(1, *a_living_process())
     alarms = Alarms(table)
 
@@ -96,7 +96,7 @@ def test_alarm_outlives_the_process_that_was_told(table):
 def test_alarm_of_another_process_stands(table):
     """A worker tells of what another one was told."""
     in_row_of(table, *a_living_process())
-    Alarms(table).raise_("insufficient_quota", NOW_S)
+    Alarms(table).sound("insufficient_quota", NOW_S)
     join(table)
 
     assert Alarms(table).standing(NOW_S) == ["insufficient_quota"]
@@ -105,10 +105,10 @@ def test_alarm_of_another_process_stands(table):
 def test_alarm_in_a_row_that_was_somebody_elses_ends_too(table):
     """A process that takes the row of one that died with an alarm does not add its own time to that one's."""
     in_row_of(table, NOBODY)
-    Alarms(table).raise_("insufficient_quota", NOW_S)
+    Alarms(table).sound("insufficient_quota", NOW_S)
     join(table)
     alarms = Alarms(table)
-    alarms.raise_("insufficient_quota", NOW_S + 1000)
+    alarms.sound("insufficient_quota", NOW_S + 1000)
 
     assert alarms.standing(NOW_S + 1000) == ["insufficient_quota"]
     assert alarms.standing(NOW_S + 1000 + STALE_S) == []

@@ -18,7 +18,7 @@ from tokenguard.limiter import Limiter
 from tokenguard.metrics import Metrics
 from tokenguard.model import Answer, BucketName, Identity, Meter, Source, UpstreamRequest
 from tokenguard.provider_limits import ProviderLimits
-from tokenguard.provider_limits.source import Account, ProviderSource
+from tokenguard.provider_limits.source import ProviderAccount, ProviderSource
 
 M = "m"
 FULL = 10_000
@@ -43,7 +43,7 @@ class Desk:
         self.house = House({"user": grant(FULL)}, buckets=256)
         self.metrics = Metrics(self.house.backend)
         self.told = []
-        source = ProviderSource(Account("http://127.0.0.1:1/v1", []), 1.0)
+        source = ProviderSource(ProviderAccount("http://127.0.0.1:1/v1", []), 1.0)
         self.limits = ProviderLimits(self.house.backend, self.house.budgets, source, self.counts, 3600.0)
         limiter = Limiter(self.house.backend, self.house.plans)
         self.guard = Guard(limiter, Terms([], Estimator()), self.metrics, None, 2**20, 60.0, self.limits)

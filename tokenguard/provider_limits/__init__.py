@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from tokenguard._heads import Told as Head
+from tokenguard._heads import Told
 from tokenguard.backends import Backend
 from tokenguard.backends.workers import living
 from tokenguard.budgets import Budgets, BudgetState
@@ -37,7 +37,7 @@ SWEEP_S = 30.0
 """How often what others left behind is looked for."""
 
 _USABLE = 1
-"""``Head.limits`` where what is told makes sense."""
+"""``Told.limits`` where what is told makes sense."""
 _JITTER = 0.1
 _log = logging.getLogger("tokenguard")
 
@@ -124,7 +124,7 @@ class ProviderLimits:
         """A call has been answered."""
         self._alarms.clear(time.time())
 
-    def told(self, model: str, head: Head) -> None:
+    def told(self, model: str, head: Told) -> None:
         """Take in what an answer tells of limits that is new, or cannot be used."""
         if head.limits != _USABLE:
             self._count("unusable" if head.limits else "missing")
@@ -143,13 +143,13 @@ class ProviderLimits:
             limit = plan.budgets[plan.tokens_at].scale.capacity
             self._others.spent(model, fewer, room.moved, limit, time.perf_counter())
 
-    def refused(self, model: str, head: Head, body: bytes) -> asyncio.Future[Any] | None:
+    def refused(self, model: str, head: Told, body: bytes) -> asyncio.Future[Any] | None:
         """Heed a 429 of the provider; return what is done once all have heard of it, if that takes a while."""
         in_ms, in_s = head.values(b"retry-after-ms"), head.values(b"retry-after")
         refusal = read_refusal(body, in_ms, in_s, time.time())
         self._count(f"refused-{refusal.kind.value}")
         if refusal.kind is Kind.PAY:
-            self._alarms.raise_(refusal.code, time.time())
+            self._alarms.sound(refusal.code, time.time())
         elif refusal.kind is Kind.WAIT:
             return self._gates.close(model, refusal.wait_s, refusal.code or "429", time.perf_counter())
         return None
@@ -208,7 +208,7 @@ class ProviderLimits:
         return changes
 
     def _probed(self, model: str) -> list[Change]:
-        head = Head(self._source.probe(model))
+        head = Told(self._source.probe(model))
         if head.limits != _USABLE:
             raise ProviderError(f"the provider's answer for {model} tells no limits that can be used")
         return [change for meter, told in limits_of(head) for change in self._learned.probed(model, meter, told)]

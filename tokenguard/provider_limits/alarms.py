@@ -37,7 +37,7 @@ class Alarms:
         self._lock = threading.Lock()
         self.raised = False
 
-    def raise_(self, code: str, now_s: float) -> None:
+    def sound(self, code: str, now_s: float) -> None:
         """The provider has said so; ``now_s`` is the time since the epoch."""
         if code not in QUOTA_CODES:
             code = "insufficient_quota"

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import NamedTuple, TypeVar
 
 from tokenguard import arithmetic
-from tokenguard._heads import Told as Head
+from tokenguard._heads import Told
 from tokenguard.backends import Backend
 from tokenguard.budgets import Budgets, BudgetState
 from tokenguard.errors import BudgetNotFound, InvalidValue
@@ -30,7 +30,7 @@ T = TypeVar("T")
 SCOPE = Scope(GLOBAL, GLOBAL_ID)
 
 
-class Told(NamedTuple):
+class Reading(NamedTuple):
     """A limit as header fields tell it.
 
     Attributes:
@@ -51,12 +51,18 @@ class Told(NamedTuple):
         return window_s(self.limit, self.remaining, self.reset)
 
 
-def limits_of(head: Head) -> Iterator[tuple[Meter, Told]]:
+def limits_of(head: Told) -> Iterator[tuple[Meter, Reading]]:
     """Yield what header fields tell that can be used."""
     if head.tokens_limit > 0:
-        yield Meter.TOKENS, Told(head.tokens_limit, head.tokens_left_of_limit, head.reset(True), head.tokens_left)
+        yield (
+            Meter.TOKENS,
+            Reading(head.tokens_limit, head.tokens_left_of_limit, head.reset(True), head.tokens_left),
+        )
     if head.requests_limit > 0:
-        yield Meter.REQUESTS, Told(head.requests_limit, head.requests_left, head.reset(False), head.requests_left)
+        yield (
+            Meter.REQUESTS,
+            Reading(head.requests_limit, head.requests_left, head.reset(False), head.requests_left),
+        )
 
 
 class Change(NamedTuple):
@@ -102,7 +108,7 @@ class Learned:
         """Return the budgets that were learned, as this process knows them, and the gates."""
         return {budget.name: budget for budget in self._backend.on(SCOPE) if budget.name.source is not None}
 
-    def hear(self, model: str, meter: Meter, told: Told, now_s: float) -> Change | None:
+    def hear(self, model: str, meter: Meter, told: Reading, now_s: float) -> Change | None:
         """Take in what an answer tells of a limit; return what is to change, if anything is.
 
         Args:
@@ -169,7 +175,7 @@ class Learned:
             if before is not None and before.scale != after.scale:
                 yield Change(name, before, after)
 
-    def probed(self, model: str, meter: Meter, told: Told) -> Iterator[Change]:
+    def probed(self, model: str, meter: Meter, told: Reading) -> Iterator[Change]:
         """Yield what is to change for what a probe's answer tells to be believed at once."""
         name = BucketName(SCOPE, meter, model, Source.HEADERS)
         before, window = self._find(name), told.window_s

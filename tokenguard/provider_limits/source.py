@@ -20,7 +20,7 @@ PAGE = 100
 MAX_PAGES = 100
 
 
-class Account(NamedTuple):
+class ProviderAccount(NamedTuple):
     """Whose limits they are.
 
     Attributes:
@@ -36,7 +36,7 @@ class Account(NamedTuple):
     project: str | None = None
 
     def __repr__(self) -> str:
-        return f"<Account at {self.base_url}>"
+        return f"<ProviderAccount at {self.base_url}>"
 
 
 class ProviderSource:
@@ -47,7 +47,7 @@ class ProviderSource:
         timeout_s: For a connection, and for each piece of an answer.
     """
 
-    def __init__(self, account: Account, timeout_s: float) -> None:
+    def __init__(self, account: ProviderAccount, timeout_s: float) -> None:
         self._account = account
         self._timeout_s = timeout_s
 
