@@ -28,6 +28,7 @@ cdef enum Limits:
 cdef class Told:
     cdef Fields fields
     cdef readonly int limits
+    cdef readonly bint usable
     cdef readonly int64_t requests_limit
     cdef readonly int64_t requests_left
     cdef readonly int64_t tokens_limit

@@ -61,6 +61,7 @@ class Told:
         typed: Whether there is a content-type.
         measured: Whether there is a content-length, or one that has not been dropped.
         limits: What the provider tells of its own limits: 0 nothing, 1 what can be used, 2 what cannot.
+        usable: Whether it is what can be used.
         requests_limit: The limit on requests; -1 if it is not told, or makes no sense.
         requests_left: What remains of it, likewise.
         tokens_limit: The limit on tokens, of those that are told the tightest; likewise.
@@ -69,6 +70,7 @@ class Told:
     """
 
     limits: int
+    usable: bool
     requests_limit: int
     requests_left: int
     tokens_limit: int

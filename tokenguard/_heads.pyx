@@ -309,7 +309,7 @@ cdef class Told:
                 if self.tokens_limit < 0 or limit < self.tokens_limit:
                     self.tokens_limit, self.tokens_left_of_limit, self.tokens_at = limit, left, i
         if self.limits == NONE and (self.requests_limit > 0 or self.tokens_limit > 0):
-            self.limits = USABLE
+            self.limits, self.usable = USABLE, True
 
     def reset(self, bint of_tokens):
         cdef int number = (self.tokens_at if of_tokens else 0) + 2

@@ -10,7 +10,6 @@ from tokenguard.model cimport Answer, Head, UpstreamRequest
 from tokenguard.providers._chat cimport ChatRequest, Reader
 
 cdef long long _UNKNOWN
-cdef int USABLE
 cdef int MAX_REFUSAL_BYTES
 
 
@@ -65,9 +64,10 @@ cdef class Exchange:
     cdef bint _refused
     cdef bint _stream
     cdef long long _bytes_left
-    cdef readonly Told told
+    cdef public Told told
     cdef readonly tuple lowering
     cdef readonly bytes refusal
+    cdef readonly bint refused_upstream
 
     @cython.locals(asked=Asked, request=ChatRequest)
     cpdef begin(self, headers, body)
@@ -75,8 +75,7 @@ cdef class Exchange:
     cdef bint _adds_usage(self) except -1
     @cython.locals(told=Told, events=bint, decoded=bint, passed=list, reservation=Reservation)
     cpdef Head answered(self, int status, headers)
-    @cython.locals(status=object, plan=Plan)
-    cdef _weigh(self, Told told, Reservation reservation)
+    cdef _weigh(self, Told told, Plan plan, Reservation reservation)
     cpdef bytes feed(self, bytes chunk)
     cpdef End finish(self)
     cpdef End abort(self, error=*)

@@ -35,6 +35,7 @@ from tokenguard.model import (
     UpstreamRequest,
     Usage,
 )
+from tokenguard.plan import Plan
 from tokenguard.providers._chat import ChatRequest
 from tokenguard.providers.openai import CHAT_PATH, EventStream, JsonAnswer, read_chat
 
@@ -43,9 +44,6 @@ MAX_REFUSAL_BYTES = 65_536
 
 _UNKNOWN = -1
 """So many bytes of an answer are left whose length nobody has told."""
-
-USABLE = 1
-"""``Told.limits`` of a head whose limits make sense."""
 
 _SETTLED, _REFUNDED, _KEPT = Outcome.SETTLED, Outcome.REFUNDED, Outcome.KEPT
 
@@ -151,7 +149,8 @@ class Exchange:
         told: What the provider's head told, as long as something is to be done about its limits: they are others
             than those that are known, or they cannot be used, or the call was refused.
         lowering: What buckets have to be lowered by because the provider told that less remains; None for nothing.
-        refusal: The body of the provider's 429, of which this much has come.
+        refused_upstream: Whether the provider's answer is a 429.
+        refusal: Its body then, of which this much has come.
     """
 
     def __init__(self, terms: Terms, request_id: str) -> None:
@@ -172,6 +171,7 @@ class Exchange:
         self.told: Told | None = None
         self.lowering: tuple[int, ...] | None = None
         self.refusal = b""
+        self.refused_upstream = False
 
     @property
     def model(self) -> str:
@@ -252,8 +252,9 @@ class Exchange:
         events = told.events and (decoded or told.encoding is None or told.encoding == b"identity")
         self._reader = EventStream(swallow_usage=self._adds_usage()) if events else JsonAnswer()
         reservation = self._reservation
-        if reservation is not None:
-            self._weigh(told, reservation)
+        self.refused_upstream = status == 429
+        if reservation is not None and (status < 300 or self.refused_upstream):
+            self._weigh(told, reservation.plan, reservation)
         if not self._in_lines:
             passed = told.returned(events or decoded, decoded)
             return Head(status, passed if reservation is None else passed + reservation.limit_headers())
@@ -261,16 +262,13 @@ class Exchange:
         block = told.returned_block(events or decoded, decoded, limits)
         return Head(status, [], block, told.typed, told.measured)
 
-    def _weigh(self, told: Told, reservation: Reservation) -> None:
+    def _weigh(self, told: Told, plan: Plan, reservation: Reservation) -> None:
         """See what the provider tells of its own limits."""
-        status, plan = self.account.upstream_status, reservation.plan
-        if status != 429 and (status is None or status >= 300):
-            return
-        if told.limits == USABLE:
+        if told.usable and plan.mirrors:
             self.lowering = reservation.lowering(told.tokens_left, told.requests_left)
         if (
-            status == 429
-            or told.limits != USABLE
+            self.refused_upstream
+            or not told.usable
             or (told.tokens_limit > 0 and told.tokens_limit != plan.limit_at(plan.tokens_at))
             or (told.requests_limit > 0 and told.requests_limit != plan.limit_at(plan.requests_at))
         ):
@@ -286,7 +284,7 @@ class Exchange:
             self._bytes_left = max(0, self._bytes_left - len(chunk))
         if self._decoder is not None:
             chunk = self._decoder.decode(chunk)
-        if self.account.upstream_status == 429 and len(self.refusal) < MAX_REFUSAL_BYTES:
+        if self.refused_upstream and len(self.refusal) < MAX_REFUSAL_BYTES:
             self.refusal += chunk
         return self._reader.feed(chunk) if self._reader is not None else chunk
 

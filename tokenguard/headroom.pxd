@@ -3,7 +3,7 @@
 cimport cython
 
 cdef long long _RISE, _OVERDONE, _AMPLE
-cdef double PERIOD_S
+cdef double PERIOD_S, REST_S
 
 
 @cython.final
@@ -29,6 +29,10 @@ cdef class Pace:
 
     @cython.locals(counts=list)
     cpdef passed(self, model, double now_s)
+    @cython.locals(counts=list)
+    cpdef rest(self, model, double now_s)
+    @cython.locals(counts=list)
+    cpdef bint rests(self, model, double now_s) except -1
     @cython.locals(counts=list)
     cpdef double last_s(self, model) except? -2
     @cython.locals(counts=list, began_s=double, now=double, before=double, age_s=double)

@@ -21,6 +21,8 @@ _AMPLE = 2**52
 
 PERIOD_S = 2.0
 """Calls are counted for so long at a time."""
+REST_S = 0.05
+"""So long nothing is asked of a limit that told nothing new."""
 MAX_MODELS = 1024
 """Of so many models at most; who was first is forgotten first."""
 
@@ -107,13 +109,24 @@ class Pace:
         if counts is None:
             while len(self._models) >= MAX_MODELS:
                 self._models.pop(next(iter(self._models)), None)
-            counts = self._models[model] = [now_s, 0.0, 0.0, now_s]
+            counts = self._models[model] = [now_s, 0.0, 0.0, now_s, 0.0]
         if now_s - counts[0] >= PERIOD_S:
             counts[2] = counts[1] if now_s - counts[0] < 2 * PERIOD_S else 0.0
             counts[1] = 0.0
             counts[0] = now_s
         counts[1] += 1
         counts[3] = now_s
+
+    def rest(self, model: str, now_s: float) -> None:
+        """Take in that there is nothing to be learned of a model's limits just now."""
+        counts = self._models.get(model)
+        if counts is not None:
+            counts[4] = now_s + REST_S
+
+    def rests(self, model: str, now_s: float) -> bool:
+        """Return whether that was only just so."""
+        counts = self._models.get(model)
+        return counts is not None and now_s < counts[4]
 
     def last_s(self, model: str) -> float:
         """Return when a call was answered last; -1 if none was."""

@@ -4,7 +4,6 @@ cimport cython
 from libc.stdint cimport int64_t
 from tokenguard.headroom cimport Headroom
 
-cdef int _OURS, _THEIRS, _REQUESTS, _GATE
 cdef long long _KEPT
 
 
@@ -18,16 +17,17 @@ cdef class Plan:
     cdef readonly Headroom tokens_room
     cdef readonly Headroom requests_room
     cdef list _limits
-    cdef tuple _counts
-    cdef bint _theirs
+    cdef readonly bint mirrors
+    cdef tuple _ours
+    cdef tuple _theirs
+    cdef tuple _fixed
+    cdef bint _plain
     cdef long long _small
     cdef long long _kept
 
     cpdef int64_t limit_at(self, int place) except -1
-    @cython.locals(counts=tuple, costs=list, i=cython.int)
+    @cython.locals(ours=tuple, theirs=tuple, costs=list, i=cython.int)
     cpdef tuple costs(self, prompt, total, most=*)
-    @cython.locals(counts=tuple, deltas=list, i=cython.int, given="long long", room=Headroom)
+    @cython.locals(ours=tuple, theirs=tuple, deltas=list, i=cython.int, given="long long", room=Headroom)
     cpdef tuple deltas(self, tuple costs, tokens, bint unsent=*, bint heard=*)
 
-
-cdef _cost(int count, total, most)

@@ -16,9 +16,6 @@ MAX_PLANS = 8192
 GATE_COST = 1000
 """What a call costs of a gate, which counts in thousandths of a call, so that it opens to the millisecond."""
 
-_OURS, _THEIRS, _REQUESTS, _GATE = range(4)
-"""What a bucket counts: tokens as we estimate and settle them, tokens as the provider counts them, calls."""
-
 _KEPT = 32
 """Of the provider's bucket one part in so many is kept in hand, for calls that count for more than it seemed."""
 
@@ -34,6 +31,7 @@ class Plan:
         requests_at: Likewise, of requests.
         tokens_room: What is known of the provider's own count of that, if there is one.
         requests_room: Likewise.
+        mirrors: Whether there is any of the two.
     """
 
     def __init__(
@@ -51,17 +49,19 @@ class Plan:
         self.tokens_at = _place(self.budgets, Meter.TOKENS)
         self.requests_at = _place(self.budgets, Meter.REQUESTS)
         self._limits = [budget.scale.capacity if _is_brisk(budget.scale) else 0 for budget in self.budgets]
-        self._counts = tuple([_count(budget.name) for budget in self.budgets])
-        self._theirs = _THEIRS in self._counts
+        tokens = [budget.name.meter is Meter.TOKENS for budget in self.budgets]
+        learned = [budget.name.source is not None for budget in self.budgets]
+        self._ours = tuple([tokens[i] and not learned[i] for i in range(len(tokens))])
+        self._theirs = tuple([tokens[i] and learned[i] for i in range(len(tokens))])
+        self._fixed = tuple([GATE_COST if budget.name.meter is Meter.GATE else 1 for budget in self.budgets])
+        self._plain = not any(learned)
+        self.mirrors = tokens_room is not None or requests_room is not None
         self._kept = 0 if self.tokens_at < 0 else self.budgets[self.tokens_at].scale.capacity // _KEPT
         if tokens_room is not None:
             tokens_room.kept = self._kept
         if requests_room is not None:
             requests_room.kept = self.budgets[self.requests_at].scale.capacity // _KEPT
-        self._small = min(
-            [_half(self.budgets[i].scale) for i in range(len(self.budgets)) if self._counts[i] <= _THEIRS],
-            default=0,
-        )
+        self._small = min([_half(self.budgets[i].scale) for i in range(len(tokens)) if tokens[i]], default=0)
 
     def limit_at(self, place: int) -> int:
         """Return the capacity of one of the buckets; 0 for none, at -1, and for what is still to be looked at."""
@@ -83,22 +83,20 @@ class Plan:
             total: Tokens expected for the prompt and the answers.
             most: Tokens that the provider may count it for when it comes in; None for ``total``.
         """
-        counts = self._counts
+        ours, theirs = self._ours, self._theirs
+        if self._plain and total <= self._small:  # PERF: the common case; row "Limiter" of test_bench_bucket
+            return tuple([total if tokens else 1 for tokens in ours])
         if most is None:
             most = total
-        if (
-            most if self._theirs else total
-        ) <= self._small:  # PERF: the common case; row "Limiter" of test_bench_bucket
-            return tuple([_cost(counts[i], total, most) for i in range(len(counts))])
         costs = []
-        for i in range(len(counts)):
+        for i in range(len(ours)):
             scale = self.budgets[i].scale
-            if counts[i] == _OURS:
+            if ours[i]:
                 costs.append(_token_cost(scale, prompt, total))
-            elif counts[i] == _THEIRS:
+            elif theirs[i]:
                 costs.append(most if most <= scale.capacity else min(prompt, _half(scale)))
             else:
-                costs.append(_cost(counts[i], total, most))
+                costs.append(self._fixed[i])
         return tuple(costs)
 
     def deltas(
@@ -115,9 +113,9 @@ class Plan:
             unsent: Whether the provider cannot have counted it.
             heard: Whether the provider's answer told what remains; else all go by what the call took.
         """
-        counts = self._counts
-        if not self._theirs:
-            return tuple([tokens - costs[i] if counts[i] == _OURS else 0 for i in range(len(counts))])
+        ours, theirs = self._ours, self._theirs
+        if self._plain:
+            return tuple([tokens - costs[i] if ours[i] else 0 for i in range(len(ours))])
         given = -1
         room = self.tokens_room
         if room is not None and unsent:
@@ -125,11 +123,11 @@ class Plan:
         elif room is not None and room.known and heard:
             given = room.give(costs[self.tokens_at], self._kept)
         deltas = []
-        for i in range(len(counts)):
-            delta = tokens - costs[i] if counts[i] <= _THEIRS else 0
-            if counts[i] == _THEIRS and given >= 0:
-                delta = -min(given, costs[i])
-            deltas.append(delta)
+        for i in range(len(ours)):
+            if theirs[i] and given >= 0:
+                deltas.append(-min(given, costs[i]))
+            else:
+                deltas.append(tokens - costs[i] if ours[i] or theirs[i] else 0)
         return tuple(deltas)
 
 
@@ -143,20 +141,6 @@ def _place(budgets: tuple[Budget, ...], meter: Meter) -> int:
         if budget.name.source is Source.HEADERS and budget.name.meter is meter:
             return i
     return -1
-
-
-def _count(name: BucketName) -> int:
-    if name.meter is Meter.TOKENS:
-        return _OURS if name.source is None else _THEIRS
-    return _GATE if name.meter is Meter.GATE else _REQUESTS
-
-
-def _cost(count: int, total: int, most: int) -> int:
-    if count == _OURS:
-        return total
-    if count == _THEIRS:
-        return most
-    return GATE_COST if count == _GATE else 1
 
 
 def _half(scale: Scale) -> int:

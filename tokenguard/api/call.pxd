@@ -2,14 +2,13 @@
 
 cimport cpython.time as time
 cimport cython
+from tokenguard._heads cimport Told
 from tokenguard.account cimport Account
 from tokenguard.exchange cimport End, Exchange, Settlement, Terms
 from tokenguard.headroom cimport Pace
 from tokenguard.limiter cimport Limiter, Reservation
 from tokenguard.metrics cimport Metrics
 from tokenguard.model cimport Answer, Head
-
-cdef int TOO_MANY
 
 
 @cython.final
@@ -37,8 +36,8 @@ cdef class Call:
     cpdef reserved(self, reserved)
     @cython.locals(head=Head, now_s=double)
     cpdef Head answered(self, int status, headers)
-    @cython.locals(exchange=Exchange, reservation=Reservation)
-    cdef _heed(self, watch)
+    @cython.locals(exchange=Exchange, reservation=Reservation, told=Told)
+    cdef _heed(self, watch, double now_s)
     cdef _lower(self, Reservation reservation, tuple deltas)
     cdef _hear(self)
     cdef _wait_for(self, heeded)

@@ -25,9 +25,6 @@ CALL = "tokenguard.call"
 SETTLE_TRIES = 3
 """How often settling is tried while the buckets are locked; each try waits for a second."""
 
-TOO_MANY = 429
-"""The status by which the provider refuses a call."""
-
 _log = logging.getLogger("tokenguard")
 
 _REDIRECTS = "OPENAI_BASE_URL may not be quite the provider's address"
@@ -115,20 +112,28 @@ class Call:
                 self._guard.pace.passed(self.exchange.model, now_s)
                 if watch.alarmed:
                     watch.passed()
-            self._heed(watch)
+            self._heed(watch, now_s)
+        if not self.exchange.refused_upstream:
+            self.exchange.told = None  # it holds the whole head
         if status in _TELLING:
             self._warn(f"the provider answered {status}: {_TELLING[status]}")
         return head
 
-    def _heed(self, watch: ProviderLimits) -> None:
+    def _heed(self, watch: ProviderLimits, now_s: float) -> None:
         """Act upon what the provider told of its own limits."""
         exchange = self.exchange
+        told, model = exchange.told, exchange.model
         reservation = exchange.reservation
         if exchange.lowering is not None and reservation is not None:
-            watch.lowered(exchange.model, exchange.lowering, reservation.plan)
+            watch.lowered(model, exchange.lowering, reservation.plan)
             self._lower(reservation, exchange.lowering)
-        if exchange.told is not None:
-            watch.told(exchange.model, exchange.told)
+        if told is None:
+            return
+        if not told.usable:
+            self._guard.metrics.provider_told("unusable" if told.limits else "missing")
+        # PERF: some tell the same on every answer, and nothing that could be learned; benchmarks/gateway, json
+        elif not self._guard.pace.rests(model, now_s) and not watch.told(model, told):
+            self._guard.pace.rest(model, now_s)
 
     def _lower(self, reservation: Reservation, deltas: tuple[int, ...]) -> None:
         """Lower our level of the provider's buckets."""
@@ -175,7 +180,7 @@ class Call:
             UpstreamError: It has not come to its end.
         """
         rest = self._end(self.exchange.finish())
-        if self.account.upstream_status == TOO_MANY:
+        if self.exchange.refused_upstream:
             self._hear()
         return rest
 
@@ -189,7 +194,7 @@ class Call:
             return
         self._over = True
         self.leave()
-        if self.account.upstream_status == TOO_MANY:
+        if self.exchange.refused_upstream:
             self._hear()
         self.account.seconds = time.perf_counter() - self._began_s
         self._guard.metrics.ended(self.account)

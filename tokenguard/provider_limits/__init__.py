@@ -36,8 +36,6 @@ SYNC = "provider limits"
 SWEEP_S = 30.0
 """How often what others left behind is looked for."""
 
-_USABLE = 1
-"""``Told.limits`` where what is told makes sense."""
 _JITTER = 0.1
 _log = logging.getLogger("tokenguard")
 
@@ -124,16 +122,15 @@ class ProviderLimits:
         """A call has been answered."""
         self._alarms.clear(time.time())
 
-    def told(self, model: str, head: Told) -> None:
-        """Take in what an answer tells of limits that is new, or cannot be used."""
-        if head.limits != _USABLE:
-            self._count("unusable" if head.limits else "missing")
-            return
-        now_s = time.perf_counter()
-        for meter, told in limits_of(head):
-            change = self._learned.hear(model, meter, told, now_s)
+    def told(self, model: str, head: Told) -> bool:
+        """Take in what an answer tells of limits that may be new; return whether it was."""
+        now_s, news = time.perf_counter(), False
+        for meter, reading in limits_of(head):
+            change = self._learned.hear(model, meter, reading, now_s)
             if change is not None:
                 self._carry_out(partial(self._apply, change))
+            news = news or change is not None or self._learned.doubts(model, meter)
+        return news
 
     def lowered(self, model: str, deltas: tuple[int, ...], plan: Plan) -> None:
         """Take in by how much the buckets of a call had to be lowered."""
@@ -209,7 +206,7 @@ class ProviderLimits:
 
     def _probed(self, model: str) -> list[Change]:
         head = Told(self._source.probe(model))
-        if head.limits != _USABLE:
+        if not head.usable:
             raise ProviderError(f"the provider's answer for {model} tells no limits that can be used")
         return [change for meter, told in limits_of(head) for change in self._learned.probed(model, meter, told)]
 

@@ -138,6 +138,10 @@ class Learned:
                 return None
             return self._believe(name, before, after, told.level, now_s)
 
+    def doubts(self, model: str, meter: Meter) -> bool:
+        """Return whether the next answer may make believe what the last ones told."""
+        return BucketName(SCOPE, meter, model, Source.HEADERS) in self._doubts
+
     def _break_off(self, name: BucketName) -> None:
         """Take in that an answer contradicts a day: whoever counts in windows seems to mean one now and then."""
         with self._lock:
