@@ -30,4 +30,3 @@ cdef class Plan:
     cpdef tuple costs(self, prompt, total, most=*)
     @cython.locals(ours=tuple, theirs=tuple, deltas=list, i=cython.int, given="long long", room=Headroom)
     cpdef tuple deltas(self, tuple costs, tokens, bint unsent=*, bint heard=*)
-
