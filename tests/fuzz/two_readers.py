@@ -109,8 +109,6 @@ class Reader:
         self._upstream, self.backend = upstream_of(config), buckets(config)
         app = create_app(config, self._upstream, self.backend)
         self._limiter = app.guard.limiter
-        self.calls = self.open = self.charged = 0
-        self._count(app.guard.metrics)
         make = partial(Protocol, caller_timeout_s=PATIENCE_S)
         if self._fast:
             make = partial(Connection, Lane(app.guard, self._upstream), make)
@@ -127,24 +125,23 @@ class Reader:
         self._listening.close()
         await self._upstream.close()
 
-    def _count(self, metrics):
-        """Keep what the metrics count: calls, open reservations, and what was charged."""
+    def _counted(self, name):
+        return sum(self.backend.table.tallies()[name])
 
-        def counting(name, attribute, by):
-            count = getattr(metrics, name)
+    @property
+    def calls(self):
+        """How many calls are under way."""
+        return self._counted(b"calls_in_flight")
 
-            def counted(*args):
-                setattr(self, attribute, getattr(self, attribute) + by)
-                if name == "settled":
-                    self.charged += args[0].charged
-                count(*args)
+    @property
+    def open(self):
+        """How many reservations are neither settled nor kept."""
+        return self._counted(b"reservations_open")
 
-            setattr(metrics, name, counted)
-
-        counting("began", "calls", 1)
-        counting("ended", "calls", -1)
-        counting("admitted", "open", 1)
-        counting("settled", "open", -1)
+    @property
+    def charged(self):
+        """What calls were charged in all."""
+        return self._counted(b"tokens_settled")
 
     async def listen(self, pieces):
         """Read pieces; return what is said, the answer to the probe left out."""
