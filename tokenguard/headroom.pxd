@@ -30,7 +30,9 @@ cdef class Pace:
     @cython.locals(counts=list)
     cpdef passed(self, model, double now_s)
     @cython.locals(counts=list)
-    cpdef rest(self, model, double now_s)
+    cpdef rest(self, model, double now_s, bint unclear)
+    @cython.locals(counts=list)
+    cpdef bint rests_unclear(self, model) except -1
     @cython.locals(counts=list)
     cpdef bint rests(self, model, double now_s) except -1
     @cython.locals(counts=list)

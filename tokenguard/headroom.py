@@ -109,7 +109,7 @@ class Pace:
         if counts is None:
             while len(self._models) >= MAX_MODELS:
                 self._models.pop(next(iter(self._models)), None)
-            counts = self._models[model] = [now_s, 0.0, 0.0, now_s, 0.0]
+            counts = self._models[model] = [now_s, 0.0, 0.0, now_s, 0.0, 0.0]
         if now_s - counts[0] >= PERIOD_S:
             counts[2] = counts[1] if now_s - counts[0] < 2 * PERIOD_S else 0.0
             counts[1] = 0.0
@@ -117,11 +117,16 @@ class Pace:
         counts[1] += 1
         counts[3] = now_s
 
-    def rest(self, model: str, now_s: float) -> None:
-        """Take in that there is nothing to be learned of a model's limits just now."""
+    def rest(self, model: str, now_s: float, unclear: bool) -> None:
+        """Take in that there is nothing to be learned of a model's limits just now, perhaps for it is unclear."""
         counts = self._models.get(model)
         if counts is not None:
-            counts[4] = now_s + REST_S
+            counts[4], counts[5] = now_s + REST_S, float(unclear)
+
+    def rests_unclear(self, model: str) -> bool:
+        """Return whether that was for what it told was unclear."""
+        counts = self._models.get(model)
+        return counts is not None and counts[5] > 0
 
     def rests(self, model: str, now_s: float) -> bool:
         """Return whether that was only just so."""

@@ -17,7 +17,7 @@ from tokenguard.headroom import Pace
 from tokenguard.limiter import Limiter, Reservation
 from tokenguard.metrics import Metrics
 from tokenguard.model import Answer, Decision, Head, Headers, UpstreamRequest, checked_name
-from tokenguard.provider_limits import ProviderLimits
+from tokenguard.provider_limits import News, ProviderLimits
 
 CALL = "tokenguard.call"
 """Where in the ASGI scope, or in the WSGI environment, a request's call is."""
@@ -131,9 +131,15 @@ class Call:
             return
         if not told.usable:
             self._guard.metrics.provider_told("unusable" if told.limits else "missing")
+            return
         # PERF: some tell the same on every answer, and nothing that could be learned; benchmarks/gateway, json
-        elif not self._guard.pace.rests(model, now_s) and not watch.told(model, told):
-            self._guard.pace.rest(model, now_s)
+        if self._guard.pace.rests(model, now_s):
+            if self._guard.pace.rests_unclear(model):
+                self._guard.metrics.provider_told("unclear")
+            return
+        news = watch.told(model, told)
+        if news is not News.SOME:
+            self._guard.pace.rest(model, now_s, news is News.UNCLEAR)
 
     def _lower(self, reservation: Reservation, deltas: tuple[int, ...]) -> None:
         """Lower our level of the provider's buckets."""

@@ -12,6 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,6 +39,14 @@ SWEEP_S = 30.0
 
 _JITTER = 0.1
 _log = logging.getLogger("tokenguard")
+
+
+class News(Enum):
+    """What an answer told of limits: nothing new, something new, or nothing that can be understood."""
+
+    NONE = "none"
+    SOME = "some"
+    UNCLEAR = "unclear"
 
 
 class Entry(NamedTuple):
@@ -122,14 +131,17 @@ class ProviderLimits:
         """A call has been answered."""
         self._alarms.clear(time.time())
 
-    def told(self, model: str, head: Told) -> bool:
-        """Take in what an answer tells of limits that may be new; return whether it was."""
-        now_s, news = time.perf_counter(), False
+    def told(self, model: str, head: Told) -> News:
+        """Take in what an answer tells of limits that may be new."""
+        now_s, news = time.perf_counter(), News.NONE
         for meter, reading in limits_of(head):
             change = self._learned.hear(model, meter, reading, now_s)
             if change is not None:
                 self._carry_out(partial(self._apply, change))
-            news = news or change is not None or self._learned.doubts(model, meter)
+            if change is not None or self._learned.doubts(model, meter):
+                news = News.SOME
+            elif news is News.NONE and reading.window_s is None:
+                news = News.UNCLEAR
         return news
 
     def lowered(self, model: str, deltas: tuple[int, ...], plan: Plan) -> None:
