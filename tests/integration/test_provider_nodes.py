@@ -25,8 +25,18 @@ def pair(shared):
         yield a, b
 
 
-def gates_of(node):
-    return Gates(node.budgets, Pace(), Background(), lambda work: work(), lambda: 1)
+@pytest.fixture
+def gates_of():
+    """Return what makes a node's gates; nobody opens them any more when the test is over."""
+    backgrounds = []
+
+    def make(node):
+        backgrounds.append(Background())
+        return Gates(node.budgets, Pace(), backgrounds[-1], lambda work: work(), lambda: 1)
+
+    yield make
+    for background in backgrounds:
+        background.stop()
 
 
 def level(node, budget):
@@ -36,7 +46,7 @@ def level(node, budget):
 # --- gates --------------------------------------------------------------------------------------------------
 
 
-def test_gate_that_one_node_closes_refuses_on_the_other_at_its_very_next_call(pair):
+def test_gate_that_one_node_closes_refuses_on_the_other_at_its_very_next_call(pair, gates_of):
     """One 429 of the provider's stops all nodes, without anybody being told."""
     a, b = pair
     assert isinstance(b.reserve(1), Reservation)
@@ -49,7 +59,7 @@ def test_gate_that_one_node_closes_refuses_on_the_other_at_its_very_next_call(pa
     assert isinstance(b.limiter.reserve(Identity("alice"), "another", 1, 1), Reservation)
 
 
-def test_gate_is_not_shortened_by_another_node(pair):
+def test_gate_is_not_shortened_by_another_node(pair, gates_of):
     """The longest wait that any node was told holds for all."""
     a, b = pair
     gates_of(a).close(MODEL, 50.0, "slow_down", 0.0)
@@ -58,7 +68,7 @@ def test_gate_is_not_shortened_by_another_node(pair):
     assert a.reserve(1).retry_after_us > 40_000_000
 
 
-def test_gate_that_is_removed_is_open_everywhere(pair):
+def test_gate_that_is_removed_is_open_everywhere(pair, gates_of):
     """Its budget goes like any other."""
     a, b = pair
     gates_of(a).close(MODEL, 30.0, "slow_down", 0.0)

@@ -652,8 +652,10 @@ def test_gate_survives_a_restart_closed(path):
     """A provider that asked to wait is not asked by whoever comes next."""
     with running(path) as backend:
         house = Budgets(backend, Plans(backend, {}))
-        gates = Gates(house, Pace(), Background(), lambda work: work(), lambda: 1)
+        background = Background()
+        gates = Gates(house, Pace(), background, lambda work: work(), lambda: 1)
         gates.close(MODEL, 50.0, "slow_down", 0.0)
+        background.stop()
 
     with running(path) as backend:
         (budget,) = backend.budgets()
