@@ -178,11 +178,14 @@ class Reader:
         seen, turns, moved = (len(pipe.written), pipe.paused), 0, False
         began = time.monotonic()
         while turns < TURNS:
-            await asyncio.sleep(0.0002 if self.open else 0)
+            await asyncio.sleep(0)
             now = (len(pipe.written), pipe.paused)
-            turns = 0 if self.open or now != seen else turns + 1
+            turns = 0 if now != seen else turns + 1
             moved |= now != seen
             seen = now
+            if turns == TURNS and self.open:  # to ask the table takes long
+                await asyncio.sleep(0.0002)
+                turns = 0
             if time.monotonic() - began > PATIENCE_S:
                 raise Broken(f"{self.name} does not come to an end")
         return moved
