@@ -12,6 +12,7 @@ from tokenguard.backends import Backend
 from tokenguard.errors import BudgetNotFound, InvalidRequest
 from tokenguard.jsontext import shown, whole_number
 from tokenguard.model import (
+    EVERYBODY,
     GLOBAL,
     GLOBAL_ID,
     SCOPE_KINDS,
@@ -74,9 +75,9 @@ class Budgets:
         """Set a budget that need not outlive a crash, unless there is one; see ``Backend.put_soon``."""
         return self._backend.put_soon(budget, level, now_us)
 
-    def knows(self, name: BucketName) -> bool:
-        """Return whether an explicit budget is set, as far as this process has heard."""
-        return any(budget.name == name for budget in self._backend.on(name.scope))
+    def find(self, name: BucketName) -> Budget | None:
+        """Return the explicit budget of a name, as far as this process has heard."""
+        return next((budget for budget in self._backend.on(name.scope) if budget.name == name), None)
 
     def get(self, name: BucketName, now_us: int | None = None) -> BudgetState:
         """Return the budget that holds for a scope, explicit or default.
@@ -86,9 +87,8 @@ class Budgets:
             BackendDown: The budgets cannot be reached.
         """
         self._backend.refresh()
-        for budget in self._backend.on(name.scope):
-            if budget.name == name:
-                return self._state(budget, explicit=True, now_us=now_us)
+        if (budget := self.find(name)) is not None:
+            return self._state(budget, explicit=True, now_us=now_us)
         if (default := self._plans.default(name)) is not None:
             return self._state(default, explicit=False, now_us=now_us)
         raise BudgetNotFound(f"there is no budget for {name}: it is unlimited")
@@ -129,7 +129,7 @@ class Budgets:
             BackendDown: The budgets cannot be reached.
         """
         self._backend.refresh()
-        found = [budget for budget in self._backend.on(Scope(GLOBAL, GLOBAL_ID)) if budget.name.source is not None]
+        found = [budget for budget in self._backend.on(EVERYBODY) if budget.name.source is not None]
         found.sort(key=lambda budget: budget.name.key)
         parts = (found[at : at + MAX_PLAN] for at in range(0, len(found), MAX_PLAN))
         return [state for part in parts for state in self._states(part, now_us)]

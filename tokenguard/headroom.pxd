@@ -24,18 +24,28 @@ cdef class Headroom:
 
 
 @cython.final
+cdef class _Answers:
+    cdef double began_s
+    cdef double last_s
+    cdef long now
+    cdef long before
+    cdef double rests_until_s
+    cdef bint unclear
+
+
+@cython.final
 cdef class Pace:
     cdef dict _models
 
-    @cython.locals(counts=list)
+    @cython.locals(answers=_Answers)
     cpdef passed(self, model, double now_s)
-    @cython.locals(counts=list)
+    @cython.locals(answers=_Answers)
     cpdef rest(self, model, double now_s, bint unclear)
-    @cython.locals(counts=list)
-    cpdef bint rests_unclear(self, model) except -1
-    @cython.locals(counts=list)
+    @cython.locals(answers=_Answers)
     cpdef bint rests(self, model, double now_s) except -1
-    @cython.locals(counts=list)
+    @cython.locals(answers=_Answers)
+    cpdef bint rests_unclear(self, model) except -1
+    @cython.locals(answers=_Answers)
     cpdef double last_s(self, model) except? -2
-    @cython.locals(counts=list, began_s=double, now=double, before=double, age_s=double)
+    @cython.locals(answers=_Answers, age_s=double)
     cpdef double rate(self, model, double now_s) except? -2

@@ -97,54 +97,65 @@ class Headroom:
         self.moved += cost
 
 
+class _Answers:
+    """The answered calls of one model: in this period and in the one before it, and when the last one was."""
+
+    def __init__(self, now_s: float) -> None:
+        self.began_s = self.last_s = now_s
+        self.now = self.before = 0
+        self.rests_until_s = 0.0
+        self.unclear = False
+
+
 class Pace:
     """How many calls of each model the provider answers, in this process."""
 
     def __init__(self) -> None:
-        self._models: dict[str, list[float]] = {}
+        self._models: dict[str, _Answers] = {}
 
     def passed(self, model: str, now_s: float) -> None:
         """Count a call that was answered."""
-        counts = self._models.get(model)
-        if counts is None:
+        answers = self._models.get(model)
+        if answers is None:
             while len(self._models) >= MAX_MODELS:
                 self._models.pop(next(iter(self._models)), None)
-            counts = self._models[model] = [now_s, 0.0, 0.0, now_s, 0.0, 0.0]
-        if now_s - counts[0] >= PERIOD_S:
-            counts[2] = counts[1] if now_s - counts[0] < 2 * PERIOD_S else 0.0
-            counts[1] = 0.0
-            counts[0] = now_s
-        counts[1] += 1
-        counts[3] = now_s
+            answers = self._models[model] = _Answers(now_s)
+        if now_s - answers.began_s >= PERIOD_S:
+            answers.before = answers.now if now_s - answers.began_s < 2 * PERIOD_S else 0
+            answers.now = 0
+            answers.began_s = now_s
+        answers.now += 1
+        answers.last_s = now_s
 
     def rest(self, model: str, now_s: float, unclear: bool) -> None:
         """Take in that there is nothing to be learned of a model's limits just now, perhaps for it is unclear."""
-        counts = self._models.get(model)
-        if counts is not None:
-            counts[4], counts[5] = now_s + REST_S, float(unclear)
-
-    def rests_unclear(self, model: str) -> bool:
-        """Return whether that was for what it told was unclear."""
-        counts = self._models.get(model)
-        return counts is not None and counts[5] > 0
+        answers = self._models.get(model)
+        if answers is not None:
+            answers.rests_until_s, answers.unclear = now_s + REST_S, unclear
 
     def rests(self, model: str, now_s: float) -> bool:
         """Return whether that was only just so."""
-        counts = self._models.get(model)
-        return counts is not None and now_s < counts[4]
+        answers = self._models.get(model)
+        return answers is not None and now_s < answers.rests_until_s
+
+    def rests_unclear(self, model: str) -> bool:
+        """Return whether that was for what it told was unclear."""
+        answers = self._models.get(model)
+        return answers is not None and answers.unclear
 
     def last_s(self, model: str) -> float:
         """Return when a call was answered last; -1 if none was."""
-        counts = self._models.get(model)
-        return -1.0 if counts is None else counts[3]
+        answers = self._models.get(model)
+        return -1.0 if answers is None else answers.last_s
 
     def rate(self, model: str, now_s: float) -> float:
         """Return how many calls a second were answered lately."""
-        counts = self._models.get(model)
-        if counts is None:
+        answers = self._models.get(model)
+        if answers is None:
             return 0.0
-        began_s, now, before = counts[0], counts[1], counts[2]
-        age_s = now_s - began_s
+        age_s = now_s - answers.began_s
         if age_s >= 2 * PERIOD_S:
             return 0.0
-        return (now + before) / (age_s + PERIOD_S) if age_s < PERIOD_S else now / age_s
+        if age_s < PERIOD_S:
+            return (answers.now + answers.before) / (age_s + PERIOD_S)
+        return answers.now / age_s

@@ -79,6 +79,10 @@ class Scope(NamedTuple):
         return f"{self.kind}:{self.id}"
 
 
+EVERYBODY = Scope(GLOBAL, GLOBAL_ID)
+"""The one scope that every call passes."""
+
+
 class Identity(NamedTuple):
     """Who calls. What is absent is not on the call's path."""
 

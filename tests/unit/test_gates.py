@@ -297,7 +297,7 @@ class Down:
         self.down = True
 
     def __getattr__(self, name):
-        if self.down and name != "knows":
+        if self.down and name != "find":
             raise BackendDown("it is down", "lost")
         return getattr(self.budgets, name)
 

@@ -53,22 +53,16 @@ class Entry(NamedTuple):
     """One learned limit, as a sync tells it.
 
     Attributes:
+        name: Whose limit it is.
         state: The budget and its level; None if it has been, or would be, removed.
         change: What was, or would be, changed; None for nothing.
         age_s: How long ago the provider told it; None if this process does not know.
     """
 
+    name: BucketName
     state: BudgetState | None
     change: Change | None
     age_s: float | None
-
-    @property
-    def name(self) -> BucketName:
-        """Whose limit it is."""
-        if self.state is not None:
-            return self.state.budget.name
-        assert self.change is not None  # noqa: S101 - there is one of the two
-        return self.change.name
 
 
 class ProviderLimits:
@@ -234,7 +228,7 @@ class ProviderLimits:
                     states[change.name] = BudgetState(change.after, True, level if known is None else known.level)
         names = sorted({*states, *changes}, key=lambda name: (name.model or "", name.key))
         return [
-            Entry(states.get(name), changes.get(name), self._age_s(name))
+            Entry(name, states.get(name), changes.get(name), self._age_s(name))
             for name in names
             if name.meter is not Meter.GATE
         ]

@@ -16,6 +16,12 @@ STALE_S = 300
 OTHERS = b"provider_others_tokens_per_minute"
 """The tally of each process's part in what others spend."""
 
+MAX_MODELS = 256
+"""Of so many models at most it is remembered what others spend."""
+
+_CLEARED = b"provider_alarm_cleared"
+"""The tally of when a call was answered while an alarm stood."""
+
 _log = logging.getLogger("tokenguard")
 
 
@@ -51,7 +57,6 @@ class Alarms:
     def clear(self, now_s: float) -> None:
         """A call has been answered."""
         with self._lock:
-            self.raised = False
             if not self.standing(now_s):
                 return
             state(self._table, _CLEARED, int(now_s * 1000))
@@ -66,9 +71,6 @@ class Alarms:
         found = [code for code in sorted(QUOTA_CODES) if max(tallies.get(_name(code), (0,))) > since_ms]
         self.raised = bool(found)
         return found
-
-
-_CLEARED = b"provider_alarm_cleared"
 
 
 def _name(code: str) -> bytes:
@@ -143,9 +145,6 @@ class Others:
             self._tally.add(shown - self._shown)
             self._shown = shown
             return rates
-
-
-MAX_MODELS = 256
 
 
 class _Spending:

@@ -22,7 +22,7 @@ from tokenguard import arithmetic
 from tokenguard.budgets import Budgets
 from tokenguard.errors import BudgetNotFound, TokenGuardError
 from tokenguard.headroom import Pace
-from tokenguard.model import GLOBAL, GLOBAL_ID, BucketName, Budget, Meter, Scale, Scope, Source
+from tokenguard.model import EVERYBODY, BucketName, Budget, Meter, Scale, Source
 from tokenguard.plan import GATE_COST
 from tokenguard.provider_limits.background import Background
 
@@ -44,7 +44,6 @@ SILENCE_S = 60.0
 MAX_MODELS = 1024
 """Of so many models it is remembered when there was one."""
 
-_SCOPE = Scope(GLOBAL, GLOBAL_ID)
 _log = logging.getLogger("tokenguard")
 
 
@@ -66,7 +65,7 @@ class _Closed(NamedTuple):
 
 def gate_of(model: str) -> BucketName:
     """Return the name of a model's gate."""
-    return BucketName(_SCOPE, Meter.GATE, model, Source.GATE)
+    return BucketName(EVERYBODY, Meter.GATE, model, Source.GATE)
 
 
 class Gates:
@@ -124,7 +123,7 @@ class Gates:
             closed = self._closed[model] = _Closed(now_s, now_s + wait_s, times, budget.scale)
         self._say(model, wait_s, why, now_s)
         self._background.after(wait_s + GENTLE_S, partial(self._remove, model, closed))
-        if self._budgets.knows(budget.name):
+        if self._budgets.find(budget.name) is not None:
             self._apply(partial(self._put, budget, level, closed))
             return None
         return self._put_soon(budget, level, closed)

@@ -13,7 +13,7 @@ from tokenguard._heads import Told
 from tokenguard.backends import Backend
 from tokenguard.budgets import Budgets, BudgetState
 from tokenguard.errors import BudgetNotFound, InvalidValue
-from tokenguard.model import GLOBAL, GLOBAL_ID, BucketName, Budget, Meter, Scope, Source, checked_name
+from tokenguard.model import EVERYBODY, BucketName, Budget, Meter, Source, checked_name
 from tokenguard.providers.limits import DAY_S, MINUTE_S, AdminLimit, window_s
 
 MAX_LEARNED = 2048
@@ -26,8 +26,6 @@ STEADY_S = 10.0
 """How long a limit that was believed stands at least before a higher one is."""
 
 T = TypeVar("T")
-
-SCOPE = Scope(GLOBAL, GLOBAL_ID)
 
 
 class Reading(NamedTuple):
@@ -72,7 +70,7 @@ class Change(NamedTuple):
         name: Whose.
         before: As it is; None if there is none.
         after: As it is to be; None to remove it.
-        level: What its bucket is to hold; None to leave what was used used.
+        level: What a new bucket is to hold at most; None for all.
     """
 
     name: BucketName
@@ -106,7 +104,7 @@ class Learned:
 
     def current(self) -> dict[BucketName, Budget]:
         """Return the budgets that were learned, as this process knows them, and the gates."""
-        return {budget.name: budget for budget in self._backend.on(SCOPE) if budget.name.source is not None}
+        return {budget.name: budget for budget in self._backend.on(EVERYBODY) if budget.name.source is not None}
 
     def hear(self, model: str, meter: Meter, told: Reading, now_s: float) -> Change | None:
         """Take in what an answer tells of a limit; return what is to change, if anything is.
@@ -117,8 +115,8 @@ class Learned:
             told: What the answer tells.
             now_s: The time, by a clock that is never set.
         """
-        name = BucketName(SCOPE, meter, model, Source.HEADERS)
-        before, window = self._find(name), told.window_s
+        name = BucketName(EVERYBODY, meter, model, Source.HEADERS)
+        before, window = self._budgets.find(name), told.window_s
         if window is None:
             if before is None or before.scale.capacity != told.limit:
                 self._count("unclear")
@@ -140,7 +138,7 @@ class Learned:
 
     def doubts(self, model: str, meter: Meter) -> bool:
         """Return whether the next answer may make believe what the last ones told."""
-        return BucketName(SCOPE, meter, model, Source.HEADERS) in self._doubts
+        return BucketName(EVERYBODY, meter, model, Source.HEADERS) in self._doubts
 
     def _break_off(self, name: BucketName) -> None:
         """Take in that an answer contradicts a day: whoever counts in windows seems to mean one now and then."""
@@ -175,14 +173,14 @@ class Learned:
     def heard(self) -> Iterator[Change]:
         """Yield what is to change for all that was heard last to be believed at once."""
         for name, after in list(self._latest.items()):
-            before = self._find(name)
+            before = self._budgets.find(name)
             if before is not None and before.scale != after.scale:
                 yield Change(name, before, after)
 
     def probed(self, model: str, meter: Meter, told: Reading) -> Iterator[Change]:
         """Yield what is to change for what a probe's answer tells to be believed at once."""
-        name = BucketName(SCOPE, meter, model, Source.HEADERS)
-        before, window = self._find(name), told.window_s
+        name = BucketName(EVERYBODY, meter, model, Source.HEADERS)
+        before, window = self._budgets.find(name), told.window_s
         if window is None:
             self._count("unclear")
             return
@@ -199,7 +197,7 @@ class Learned:
         wanted: dict[BucketName, Budget] = {}
         for limit in limits:
             source = Source.ADMIN if limit.window_s == MINUTE_S else Source.ADMIN_DAILY
-            name = BucketName(SCOPE, Meter(limit.meter), checked_name("model", limit.model), source)
+            name = BucketName(EVERYBODY, Meter(limit.meter), checked_name("model", limit.model), source)
             if (budget := _budget(name, limit.limit, limit.window_s)) is not None:
                 wanted[name] = budget
         current = self.current()
@@ -242,9 +240,6 @@ class Learned:
         """
         return self._budgets.learned()
 
-    def _find(self, name: BucketName) -> Budget | None:
-        return next((budget for budget in self._backend.on(SCOPE) if budget.name == name), None)
-
 
 def _keep(into: dict[BucketName, T], name: BucketName, value: T) -> None:
     """Remember something of a budget, of not more of them than can be learned."""
@@ -269,4 +264,4 @@ def per_minute(budget: Budget) -> float:
 
 def window_of(budget: Budget) -> int:
     """Return in what time an empty bucket fills, in seconds."""
-    return DAY_S if budget.name.source is Source.ADMIN_DAILY else round(budget.scale.capacity / budget.scale.rate)
+    return round(budget.scale.capacity / budget.scale.rate)
