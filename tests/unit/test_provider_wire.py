@@ -190,6 +190,7 @@ AZURE = (
         (body_of(RPM, "requests"), Refusal(Kind.WAIT, "rate_limit_exceeded", 20)),
         (body_of(TPM), Refusal(Kind.WAIT, "rate_limit_exceeded", 18.642)),
         (body_of(TOO_LARGE), Refusal(Kind.SHORTEN, "rate_limit_exceeded", None)),
+        (body_of("Request too large for gpt-4o."), Refusal(Kind.SHORTEN, "rate_limit_exceeded", None)),
         (
             body_of(TOO_LARGE.removeprefix("Request too large for ")),
             Refusal(Kind.SHORTEN, "rate_limit_exceeded", None),
