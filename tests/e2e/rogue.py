@@ -23,10 +23,17 @@ class Rogue:
 
     def __init__(self, tls: ssl.SSLContext | None = None):
         self._tls = tls
+        self._serving = 0
+        self._changed = threading.Condition()
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=256)
         self.port = self._listening.getsockname()[1]
         self.stopped = threading.Event()
         self.reset()
+
+    def hung_up(self):
+        """Wait until every connection is closed: it was not announced, so that a call might still take one."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._serving == 0, TIMEOUT_S)
 
     def reset(self):
         self.received = []
@@ -47,6 +54,7 @@ class Rogue:
                 connection, _ = self._listening.accept()
             except OSError:
                 return
+            self._count(1)
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection):
@@ -59,6 +67,13 @@ class Rogue:
                 self.behave(connection)
         except OSError:  # TokenGuard has closed it
             connection.close()
+        finally:
+            self._count(-1)
+
+    def _count(self, more):
+        with self._changed:
+            self._serving += more
+            self._changed.notify_all()
 
 
 def read_request(connection):
