@@ -16,6 +16,7 @@ COMPILED = {
     "tokenguard/estimate.py": [],
     "tokenguard/exchange.py": [],
     "tokenguard/headroom.py": [],
+    "tokenguard/library/call.py": [],
     "tokenguard/limiter.py": [],
     "tokenguard/metrics.py": [],
     "tokenguard/model.py": [],

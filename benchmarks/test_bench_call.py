@@ -16,13 +16,13 @@ from tokenguard.api.call import Call, Guard
 from tokenguard.asgi import create_app
 from tokenguard.config import read_config
 from tokenguard.demo import DemoUpstream
+from tokenguard.engine import buckets
 from tokenguard.estimate import Estimator
 from tokenguard.exchange import Terms
 from tokenguard.limiter import Limiter
 from tokenguard.metrics import Metrics
 from tokenguard.plan import Plans
 from tokenguard.providers.openai import read_chat
-from tokenguard.wiring import buckets
 
 CALLS = 200
 KINDS = ("GLOBAL", "TEAM", "ROLEGROUP", "ROLE", "USER")

@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from tests.house import MODEL, grant, named
-from tokenguard import wiring
+from tokenguard import engine
 from tokenguard.budgets import Budgets
 from tokenguard.config import read_config
 from tokenguard.limiter import Limiter, Reservation
@@ -38,7 +38,7 @@ class Node:
             "TOKENGUARD_BUCKETS": 1000,
             **settings,
         }
-        self.backend = wiring.buckets(read_config({name: str(value) for name, value in environ.items()}))
+        self.backend = engine.buckets(read_config({name: str(value) for name, value in environ.items()}))
         plans = Plans(self.backend, {"user": grant(1000)} if defaults is None else defaults)
         self.limiter = Limiter(self.backend, plans)
         self.budgets = Budgets(self.backend, plans)

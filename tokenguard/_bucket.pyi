@@ -71,6 +71,13 @@ class Outcome:
     def full_in_us(self, i: int) -> int:
         """Return how long until the bucket is full: 0 if it is, 10^15 if it never will be."""
 
+    def asked(self, costs: tuple[int, ...]) -> Outcome:
+        """Return what a reserve of these costs would have found, of what a ``peek`` did.
+
+        Raises:
+            ValueError: There are not as many costs as buckets.
+        """
+
     def __len__(self) -> int: ...
 
 def outcome_of(

@@ -89,6 +89,27 @@ cdef class Outcome:
         s.tick = self.seen[i].tick
         return time_us(&s, s.capacity * s.unit - self.seen[i].level, self.now_us)
 
+    def asked(self, tuple costs not None):
+        cdef Outcome o
+        cdef Slot s
+        cdef int64_t longest = 0
+        cdef int i
+        if len(costs) != len(self):
+            raise ValueError(f"the plan has {len(self)} buckets, got {len(costs)} costs")
+        o = new_outcome(self.plan)
+        o.now_us = self.now_us
+        for i in range(len(self)):
+            o.seen[i] = self.seen[i]
+            o.seen[i].cost = PyLong_AsLongLong(costs[i])
+            s = self.plan.entries[i].want
+            s.level, s.tick = self.seen[i].level, self.seen[i].tick
+            o.seen[i].wait_us = wait_us(&s, o.seen[i].cost, o.now_us)
+            if o.seen[i].wait_us > longest:
+                longest = o.seen[i].wait_us
+                o.binding = i
+        o.allowed = o.binding < 0
+        return o
+
     def __repr__(self):
         what = "allowed" if self.allowed else f"short for {self.retry_after_us} µs at {self.binding}"
         return f"<Outcome {what}, levels {[self.level(i) for i in range(len(self))]}>"

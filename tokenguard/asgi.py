@@ -7,10 +7,13 @@ from typing import Any
 
 import falcon.asgi
 
+from tokenguard import logs
 from tokenguard.api.proxy import ChatCompletions, GuardedApp, GuardedRequest, Models
 from tokenguard.api.wire import over_asgi
 from tokenguard.backends import Backend
-from tokenguard.config import Config
+from tokenguard.config import Config, read_config
+from tokenguard.engine import Engine, environment
+from tokenguard.routes import furnish
 from tokenguard.upstream import Upstream
 from tokenguard.wiring import House, upstream_of
 
@@ -28,10 +31,12 @@ def create_app(
     Raises:
         InvalidSetting: The environment cannot be used, or there is no key for the provider.
     """
-    house = House(config, backend)
-    upstream = upstream or upstream_of(house.config)
+    config = config or read_config(environment())
+    logs.set_up(as_json=config.log_json)
+    house = House(Engine(config, backend))
+    upstream = upstream or upstream_of(config)
     app: falcon.asgi.App[Any, Any] = falcon.asgi.App(request_type=GuardedRequest)
-    house.furnish(app, over_asgi, ChatCompletions(house.guard, upstream), Models(upstream, house.terms))
+    furnish(house, app, over_asgi, ChatCompletions(house.guard, upstream), Models(upstream, house.terms))
     app.add_middleware(Lifespan(upstream, house))
     return GuardedApp(app, house.guard)
 

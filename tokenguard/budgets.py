@@ -44,6 +44,46 @@ class BudgetState(NamedTuple):
     explicit: bool
     level: int
 
+    @property
+    def scope(self) -> str:
+        """The kind of scope that is limited: ``global``, ``team``, ``rolegroup``, ``role`` or ``user``."""
+        return self.budget.name.scope.kind
+
+    @property
+    def id(self) -> str:
+        """Whose it is, of that kind: ``*`` for ``global``."""
+        return self.budget.name.scope.id
+
+    @property
+    def meter(self) -> Meter:
+        """What is counted."""
+        return self.budget.name.meter
+
+    @property
+    def model(self) -> str | None:
+        """Of which model's calls; None means all models."""
+        return self.budget.name.model
+
+    @property
+    def capacity(self) -> int:
+        """The most that the bucket holds, in tokens or requests."""
+        return self.budget.scale.capacity
+
+    @property
+    def refill_per_sec(self) -> float:
+        """The rate in effect, in tokens or requests per second."""
+        return self.budget.scale.per_sec
+
+    @property
+    def max_debt(self) -> int:
+        """How far below zero the level may go."""
+        return self.budget.scale.debt
+
+    @property
+    def source(self) -> str:
+        """Where it comes from: ``explicit``, ``default``, or where a limit of the provider's was learned."""
+        return self.budget.name.source or ("explicit" if self.explicit else "default")
+
 
 class Budgets:
     """The use cases. Wherever ``now_us`` is None, the time is now.

@@ -14,13 +14,14 @@ from tokenguard.asgi import create_app
 from tokenguard.backends import Backend
 from tokenguard.config import Config, read_config
 from tokenguard.demo import DemoUpstream
+from tokenguard.engine import buckets, environment, node_of
 from tokenguard.errors import TokenGuardError
 from tokenguard.lane._lane import Lane
 from tokenguard.server import listen, run, tell
 from tokenguard.supervisor import Supervisor, Worker
 from tokenguard.upstream import Upstream
 from tokenguard.upstream._pool import PooledUpstream
-from tokenguard.wiring import buckets, environment, node_of, upstream_of
+from tokenguard.wiring import upstream_of
 
 
 class Cli(click.Group):

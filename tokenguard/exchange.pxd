@@ -46,6 +46,8 @@ cdef class Terms:
     cdef readonly object jitter
     cdef readonly bytes lines
 
+    cpdef estimate(self, ChatRequest request, team, user)
+
 
 @cython.final
 @cython.freelist(64)

@@ -136,6 +136,19 @@ class Terms:
         ours = [(b"accept-encoding", b"identity"), *credentials, refusal.JSON]
         self.lines = b"".join([b"%b: %b\r\n" % field for field in ours])
 
+    def estimate(self, request: ChatRequest, team: str | None, user: str) -> Estimate:
+        """Return what a request of somebody's is expected to take."""
+        return self.estimator.estimate(
+            request.model,
+            team,
+            user,
+            text_bytes=request.text_bytes,
+            text_256ths=request.text_256ths,
+            extra_tokens=request.extra_tokens,
+            choices=request.choices,
+            output_cap=request.output_cap,
+        )
+
 
 class Exchange:
     """One call for a chat completion.
@@ -207,15 +220,8 @@ class Exchange:
         self._body = body
         self._in_lines = isinstance(headers, Fields)
         model = request.model
-        prompt, total, most = self._estimate = self._terms.estimator.estimate(
-            model,
-            self._identity.team,
-            self._identity.user,
-            text_bytes=request.text_bytes,
-            text_256ths=request.text_256ths,
-            extra_tokens=request.extra_tokens,
-            choices=request.choices,
-            output_cap=request.output_cap,
+        prompt, total, most = self._estimate = self._terms.estimate(
+            request, self._identity.team, self._identity.user
         )
         self._stream = request.stream
         self.account.model, self.account.stream = model, self._stream

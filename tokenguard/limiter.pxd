@@ -14,8 +14,8 @@ cdef class Reservation:
     cdef readonly Plan plan
     cdef readonly tuple costs
     cdef public bint unsent
+    cdef readonly bint is_open
     cdef Outcome _outcome
-    cdef bint _open
     cdef bint _heard
     cdef long long _tokens_moved
     cdef long long _requests_moved

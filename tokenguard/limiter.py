@@ -22,13 +22,14 @@ class Reservation:
         plan: The buckets.
         costs: What was taken from each.
         unsent: Whether the provider cannot have counted the call.
+        is_open: Whether it is still to be settled, refunded or kept.
     """
 
     def __init__(self, plan: Plan, costs: tuple[int, ...], outcome: Outcome) -> None:
         self.plan = plan
         self.costs = costs
         self._outcome = outcome
-        self._open = True
+        self.is_open = True
         self.unsent = False
         self._heard = False
         self._tokens_moved = self._tokens_turn = self._requests_moved = self._requests_turn = 0
@@ -91,9 +92,9 @@ class Reservation:
         Raises:
             AlreadySettled: It has been before.
         """
-        if not self._open:
+        if not self.is_open:
             raise AlreadySettled("the reservation has been settled or refunded before")
-        self._open = False  # compiled, nothing can come in between: of two threads one gets through
+        self.is_open = False  # compiled, nothing can come in between: of two threads one gets through
 
     def close_at(self, tokens: int) -> tuple[Handle, tuple[int, ...]]:
         """Mark it as dealt with; return how to settle it at what the call took: the handle and the deltas.
@@ -109,7 +110,7 @@ class Reservation:
 
     def reopen(self) -> None:
         """Take back ``close``, for nothing came of it."""
-        self._open = True
+        self.is_open = True
 
 
 class Limiter:
@@ -253,11 +254,22 @@ class Limiter:
 
     def peek(self, identity: Identity, model: str, now_us: int | None = None) -> tuple[BucketState, ...]:
         """Return every bucket on a call's path as it is now, and change nothing."""
+        plan = self.plan(identity, model)
+        return _decision(plan, self._backend.peek(plan.handle, now_us)).buckets
+
+    def look(self, identity: Identity, model: str, prompt: int, total: int, now_us: int | None = None) -> Decision:
+        """Return what ``reserve`` would come to, and take nothing."""
+        plan = self.plan(identity, model)
+        seen = self._backend.peek(plan.handle, now_us)
+        return _decision(plan, seen.asked(plan.costs(prompt, total)))
+
+    def plan(self, identity: Identity, model: str) -> Plan:
+        """Return the plan of a call by the budgets as they are now."""
         plan = self._plans.resolve(identity, model)
         if plan.handle.epoch != self._backend.epoch:
             self._plans.forget()
             plan = self._plans.resolve(identity, model)
-        return _decision(plan, self._backend.peek(plan.handle, now_us)).buckets
+        return plan
 
 
 def _state(plan: Plan, outcome: Outcome, i: int) -> BucketState:

@@ -152,6 +152,11 @@ class Scale(NamedTuple):
         """The refill rate in effect, per second."""
         return Fraction(self.gain * 1_000_000, self.unit * self.tick_us)
 
+    @property
+    def per_sec(self) -> float:
+        """The same as people write it: whole where it is."""
+        return self.rate.numerator if self.rate.denominator == 1 else float(self.rate)
+
 
 class Budget(NamedTuple):
     """A limit set on a scope: what it limits, and how much."""
@@ -200,6 +205,11 @@ class Decision(NamedTuple):
     retry_after_us: int
     binding: BucketState | None
     buckets: tuple[BucketState, ...]
+
+    @property
+    def retry_after(self) -> float | None:
+        """The same wait in seconds, or None if waiting does not help."""
+        return None if self.retry_after_us >= NEVER_US else self.retry_after_us / 1_000_000
 
 
 class Usage(NamedTuple):

@@ -52,7 +52,7 @@ def refuse(decision: Decision, jitter: float) -> Answer:
     if _JITTER_FROM_US < wait_us < NEVER_US:
         wait_us = min(wait_us + int(wait_us * _JITTER * jitter), NEVER_US - 1)
     body = error_body(
-        f"{_what(binding, wait_us)} {_OURS if binding.name.source is None else _THEIRS}",
+        _text(binding, wait_us),
         kind=Meter.REQUESTS if binding.name.meter is Meter.GATE else binding.name.meter,
         code="rate_limit_exceeded",
         tokenguard={
@@ -66,6 +66,17 @@ def refuse(decision: Decision, jitter: float) -> Answer:
         if state.name.meter is not Meter.GATE:
             add_fields(headers, state.name.meter, state.limit, state.level, state.full_in_us)
     return Answer(429, headers, body)
+
+
+def explain(decision: Decision) -> str:
+    """Return a refusal in words: whose limit it was, how things are with it, and what may help.
+
+    Raises:
+        ValueError: The decision is no refusal.
+    """
+    if decision.binding is None:
+        raise ValueError("an allowed decision is not a refusal")
+    return _text(decision.binding, decision.retry_after_us)
 
 
 def error_answer(error: TokenGuardError) -> Answer:
@@ -122,6 +133,10 @@ def problem(
     if retry_after_s:
         headers.append((b"retry-after", b"%d" % retry_after_s))
     return Answer(status, headers, error_body(message, kind, code, param))
+
+
+def _text(binding: BucketState, wait_us: int) -> str:
+    return f"{_what(binding, wait_us)} {_OURS if binding.name.source is None else _THEIRS}"
 
 
 def _what(bucket: BucketState, wait_us: int) -> str:

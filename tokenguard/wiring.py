@@ -1,38 +1,19 @@
-"""What both composition roots build, whichever way requests come in."""
+"""What guards calls over HTTP, put together: the same for whoever serves, and for a client of one's own."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import falcon
-from dotenv import dotenv_values
 
 from tokenguard import logs
-from tokenguard.api.admin import AdminRule
-from tokenguard.api.budgets import BudgetList, OneBudget
 from tokenguard.api.call import Guard
-from tokenguard.api.health import Health
-from tokenguard.api.metrics import Exposition
-from tokenguard.api.openapi import Description
-from tokenguard.api.provider_limits import ProviderSync
-from tokenguard.api.wire import Resource, Tracing, add_error_handlers
-from tokenguard.backends import Backend
-from tokenguard.backends.memory import MemoryBackend
-from tokenguard.backends.node import Node, open_node
-from tokenguard.backends.outage import Closed, Open, Policy, Share
-from tokenguard.backends.workers import join
-from tokenguard.budgets import Budgets
-from tokenguard.config import Config, read_config
+from tokenguard.config import Config
+from tokenguard.engine import Engine
 from tokenguard.errors import InvalidSetting
 from tokenguard.estimate import Estimator
 from tokenguard.exchange import Terms
-from tokenguard.limiter import Limiter
 from tokenguard.metrics import Metrics
 from tokenguard.model import Headers
-from tokenguard.plan import Plans
 from tokenguard.provider_limits import ProviderLimits
 from tokenguard.provider_limits.source import ProviderAccount, ProviderSource
 from tokenguard.upstream import Hop, Upstream
@@ -40,52 +21,6 @@ from tokenguard.upstream._pool import PooledUpstream
 
 PROVIDER_TIMEOUT_S = 10.0
 """For the provider to tell its limits: whoever asked for them waits."""
-
-
-def environment() -> Mapping[str, str]:
-    """Return the environment, and what ``.env`` in the working directory adds to it.
-
-    Raises:
-        InvalidSetting: ``.env`` is not text.
-    """
-    try:
-        written = dotenv_values(".env")
-    except UnicodeDecodeError as error:
-        raise InvalidSetting(".env", f".env must be UTF-8: {error}") from None
-    return {**{name: value for name, value in written.items() if value is not None}, **os.environ}
-
-
-def node_of(config: Config) -> Node:
-    """Open what the processes of this node share, as the configuration says.
-
-    Raises:
-        InvalidSetting: It cannot be had.
-    """
-    return open_node(config.buckets, config.table, config.state)
-
-
-def buckets(config: Config, node: Node | None = None) -> Backend:
-    """Return the backend that the configuration names.
-
-    Args:
-        config: The configuration.
-        node: What the processes of this node share; opened here by default.
-
-    Raises:
-        InvalidSetting: It cannot be opened.
-    """
-    node = node or node_of(config)
-    table = node.table
-    if config.redis is None:
-        return MemoryBackend(*node)
-    from tokenguard.backends.redis import RedisBackend  # whoever has none need not load it
-
-    policy: Policy = Closed()
-    if config.redis_down == "open":
-        policy = Open(table)
-    elif config.redis_down == "share" and config.nodes is not None:
-        policy = Share(table, config.nodes)
-    return RedisBackend(config.redis, config.realm, policy, table, config.redis_timeout_s)
 
 
 def provider(config: Config) -> Hop:
@@ -140,37 +75,32 @@ def _is_proxied(hop: Hop) -> bool:
 
 
 class House:
-    """Everything that does not depend on how requests come in.
+    """What guards calls over HTTP, however they come in.
 
     Args:
-        config: What to go by; the environment and ``.env`` by default.
-        backend: Where the buckets live; the one that the configuration names by default.
+        engine: What decides.
 
     Attributes:
         config: The configuration.
         backend: Where the buckets live.
+        budgets: Sets, lists and removes budgets.
+        metrics: Counts.
         provider_limits: Heeds the provider's own limits; None if nobody does.
         guard: Guards calls.
         terms: What is the same for all exchanges.
-
-    Raises:
-        InvalidSetting: The environment cannot be used.
     """
 
-    def __init__(self, config: Config | None, backend: Backend | None) -> None:
-        self.config = config = config or read_config(environment())
-        logs.set_up(as_json=config.log_json)
-        self.backend = backend = backend or buckets(config)
-        join(backend.table)
-        self._plans = Plans(backend, config.defaults)
-        self._metrics = Metrics(backend)
-        self._budgets = Budgets(backend, self._plans)
+    def __init__(self, engine: Engine) -> None:
+        self.config = config = engine.config
+        self.backend = engine.backend
+        self.budgets = engine.budgets
+        self.metrics = Metrics(engine.backend)
         self.provider_limits = self._limits() if config.provider_limits else None
         self.terms = Terms(_credentials(config), Estimator(), config.ask_for_usage)
         self.guard = Guard(
-            Limiter(backend, self._plans),
+            engine.limiter,
             self.terms,
-            self._metrics,
+            self.metrics,
             logs.log_call if config.log_calls else None,
             config.max_body_bytes,
             config.caller_timeout_s,
@@ -184,7 +114,7 @@ class House:
         )
         source = ProviderSource(account, min(config.read_timeout_s, PROVIDER_TIMEOUT_S))
         return ProviderLimits(
-            self.backend, self._budgets, source, self._metrics.provider_told, config.sync_interval_s
+            self.backend, self.budgets, source, self.metrics.provider_told, config.sync_interval_s
         )
 
     def open(self) -> None:
@@ -210,32 +140,6 @@ class House:
         if self.provider_limits is not None:
             await asyncio.to_thread(self.provider_limits.stop)
         await self.backend.stop()
-
-    def furnish(
-        self, app: falcon.App[Any, Any], over: Callable[[Resource], object], chat: object, models: object
-    ) -> None:
-        """Give an app its middleware, its error handlers and its routes.
-
-        Args:
-            app: The app, of either driver.
-            over: Makes a resource ready for the driver.
-            chat: The resource of chat completions, which are the driver's own.
-            models: Likewise.
-        """
-        config = self.config
-        app.add_middleware([Tracing(self._metrics), AdminRule(config.admin_token, config.admin_allow)])
-        add_error_handlers(app)
-        app.add_route("/v1/chat/completions", chat)
-        app.add_route("/v1/models", models)
-        app.add_route("/v1/models/{model:path}", models)
-        one = over(OneBudget(self._budgets))
-        app.add_route("/config/budget", over(BudgetList(self._budgets)))
-        app.add_route("/config/budget/{scope}", one)
-        app.add_route("/config/budget/{scope}/{scope_id:path}", one)
-        app.add_route("/sync/openai-limits", over(ProviderSync(self.provider_limits)))
-        app.add_route("/", over(Health(self.backend, self.provider_limits)))
-        app.add_route("/metrics", over(Exposition(self._metrics)))
-        app.add_route("/openapi.json", over(Description()))
 
 
 def _credentials(config: Config) -> Headers:

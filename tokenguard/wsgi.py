@@ -7,10 +7,13 @@ from typing import Any
 
 import falcon
 
+from tokenguard import logs
 from tokenguard.api.wire import over_wsgi
 from tokenguard.api.wsgi_proxy import GuardedWsgi, WsgiChatCompletions, WsgiModels
 from tokenguard.backends import Backend
-from tokenguard.config import Config
+from tokenguard.config import Config, read_config
+from tokenguard.engine import Engine, environment
+from tokenguard.routes import furnish
 from tokenguard.upstream import SyncUpstream
 from tokenguard.upstream.httpx_hop import SyncHttpxUpstream
 from tokenguard.wiring import House, provider
@@ -29,9 +32,11 @@ def create_app(
     Raises:
         InvalidSetting: The environment cannot be used, or there is no key for the provider.
     """
-    house = House(config, backend)
-    upstream = upstream or SyncHttpxUpstream(provider(house.config))
+    config = config or read_config(environment())
+    logs.set_up(as_json=config.log_json)
+    house = House(Engine(config, backend))
+    upstream = upstream or SyncHttpxUpstream(provider(config))
     atexit.register(house.close)
     app: falcon.App[Any, Any] = falcon.App()
-    house.furnish(app, over_wsgi, WsgiChatCompletions(house.guard, upstream), WsgiModels(upstream, house.terms))
+    furnish(house, app, over_wsgi, WsgiChatCompletions(house.guard, upstream), WsgiModels(upstream, house.terms))
     return GuardedWsgi(app, house.open)

@@ -23,9 +23,10 @@ from tests.e2e.test_two_paths import REQUESTS, SAYINGS, chat, in_chunks
 from tests.e2e.two_paths import PROBE, SETTINGS, Provider, _is_probe, agree, heard
 from tokenguard.asgi import create_app
 from tokenguard.config import read_config
+from tokenguard.engine import buckets
 from tokenguard.lane._lane import Connection, Lane
 from tokenguard.server import KEEPALIVE_S, Protocol, _worth_saying
-from tokenguard.wiring import buckets, upstream_of
+from tokenguard.wiring import upstream_of
 
 TURNS = 12
 """Of the event loop, without anything written and without a call at the provider: then nothing more comes."""

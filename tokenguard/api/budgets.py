@@ -13,7 +13,7 @@ from tokenguard.api.wire import write_json
 from tokenguard.budgets import MAX_PAGE, Budgets, BudgetState, read_budget, read_name
 from tokenguard.errors import InvalidRequest
 from tokenguard.jsontext import read_object
-from tokenguard.model import BucketName, Budget
+from tokenguard.model import BucketName
 
 
 class BudgetList(AdminResource):
@@ -66,24 +66,17 @@ class OneBudget(AdminResource):
 
 def shown(state: BudgetState) -> dict[str, Any]:
     """Return a budget as the API shows it."""
-    (scope, meter, model, source), scale = state.budget
     return {
-        "scope": scope.kind,
-        "id": scope.id,
-        "meter": meter,
-        "model": model,
-        "capacity": scale.capacity,
-        "refillPerSec": rate_shown(state.budget),
-        "maxDebt": scale.debt,
+        "scope": state.scope,
+        "id": state.id,
+        "meter": state.meter,
+        "model": state.model,
+        "capacity": state.capacity,
+        "refillPerSec": state.refill_per_sec,
+        "maxDebt": state.max_debt,
         "level": state.level,
-        "source": source or ("explicit" if state.explicit else "default"),
+        "source": state.source,
     }
-
-
-def rate_shown(budget: Budget) -> float:
-    """Return the rate in effect, per second, as whole as it is."""
-    rate = budget.scale.rate
-    return rate.numerator if rate.denominator == 1 else float(rate)
 
 
 def _name(req: Request, scope: str, scope_id: str | None) -> BucketName:

@@ -9,7 +9,7 @@ from typing import Any
 from falcon import Request, Response
 
 from tokenguard.api.admin import AdminResource
-from tokenguard.api.budgets import query_of, rate_shown
+from tokenguard.api.budgets import query_of
 from tokenguard.api.wire import write_json
 from tokenguard.errors import InvalidRequest
 from tokenguard.model import Budget, Meter
@@ -90,7 +90,7 @@ def _budget(budget: Budget | None) -> dict[str, Any] | None:
     return {
         "limit": budget.scale.capacity,
         "windowS": window_of(budget),
-        "refillPerSec": rate_shown(budget),
+        "refillPerSec": budget.scale.per_sec,
     }
 
 

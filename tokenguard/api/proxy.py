@@ -13,7 +13,8 @@ from falcon.asgi import Request, Response
 from tokenguard import refusal
 from tokenguard._heads import REQUEST_ID, forwarded_headers, returned_headers
 from tokenguard.api.call import CALL, CallSoon, Guard, path_of
-from tokenguard.api.wire import GONE, CallerGone, headers_of, read_body, request_id_of, set_headers, write
+from tokenguard.api.environ import CallerGone
+from tokenguard.api.wire import GONE, headers_of, read_body, request_id_of, set_headers, write
 from tokenguard.errors import BodyTimeout, UpstreamError
 from tokenguard.exchange import Terms
 from tokenguard.model import Answer, Headers, UpstreamRequest

@@ -15,20 +15,18 @@ import msgspec
 from falcon import HTTPError, Request, Response, http_status_to_code
 
 from tokenguard import refusal
-from tokenguard._heads import IDENTITY_HEADERS, REQUEST_ID
+from tokenguard._heads import REQUEST_ID
 from tokenguard.account import Account
+from tokenguard.api import environ
 from tokenguard.api.call import answer_to
-from tokenguard.errors import BodyTooLarge, TokenGuardError
+from tokenguard.api.environ import CallerGone, check_body, check_length
+from tokenguard.errors import TokenGuardError
 from tokenguard.metrics import Metrics
 from tokenguard.model import Answer, Headers
 
 SERVES = "/v1/chat/completions, /v1/models, /config/budget, /metrics, /openapi.json and /"
 
 _log = logging.getLogger("tokenguard")
-
-
-class CallerGone(Exception):
-    """The caller hung up while we were waiting, for the rest of its request or for the provider."""
 
 
 GONE = Answer(499, [], b"")
@@ -42,25 +40,7 @@ def headers_of(req: Request) -> Headers:
     if isinstance(req, falcon.asgi.Request):
         headers: Headers = req.scope["headers"]
         return headers
-    return [
-        (name[5:].replace("_", "-").lower().encode("latin-1"), value.encode("latin-1"))
-        for name, value in req.env.items()
-        if name.startswith("HTTP_")
-    ]
-
-
-def ambiguous(headers: Headers) -> Answer | None:
-    """Return the answer to a request over WSGI whose identity cannot be told.
-
-    NOTE: WSGI servers join the values of a field that is given twice by a comma. What an authenticating proxy adds
-    to what a caller sent would then name somebody new, who has a fresh budget.
-    """
-    for name, value in headers:
-        if name in IDENTITY_HEADERS and b"," in value:
-            shown = name.decode()
-            message = f"header {shown} holds a comma: over WSGI that cannot be told from a field given twice"
-            return refusal.problem(400, message, "invalid_request_error", "invalid_value", shown)
-    return None
+    return environ.headers_of(req.env)
 
 
 def peer_of(req: Request) -> str:
@@ -84,41 +64,13 @@ async def read_body(req: falcon.asgi.Request, max_bytes: int) -> bytes:
     Raises:
         BodyTooLarge: It is larger than ``max_bytes``.
     """
-    _check_length(req, max_bytes)
-    return _checked(await req.stream.read(max_bytes + 1), max_bytes)
+    check_length(req.content_length, max_bytes)
+    return check_body(await req.stream.read(max_bytes + 1), max_bytes)
 
 
 def read_wsgi_body(req: Request, max_bytes: int) -> bytes:
-    """Return the whole body of a request over WSGI.
-
-    Raises:
-        BodyTooLarge: It is larger than ``max_bytes``.
-        CallerGone: It did not come to its end.
-    """
-    _check_length(req, max_bytes)
-    length = req.content_length
-    if length is None and not req.env.get("wsgi.input_terminated"):
-        return b""
-    wanted = max_bytes + 1 if length is None else length
-    try:
-        body: bytes = req.env["wsgi.input"].read(wanted)
-    except Exception as error:  # each server has errors of its own for a connection that breaks off
-        raise CallerGone from error
-    if length is not None and len(body) < length:
-        raise CallerGone
-    return _checked(body, max_bytes)
-
-
-def _check_length(req: Request, max_bytes: int) -> None:
-    length = req.content_length
-    if length is not None and length > max_bytes:
-        raise BodyTooLarge("body", f"body must be at most {max_bytes} bytes, got {length}")
-
-
-def _checked(body: bytes, max_bytes: int) -> bytes:
-    if len(body) > max_bytes:
-        raise BodyTooLarge("body", f"body must be at most {max_bytes} bytes, got more")
-    return body
+    """Return the whole body of a request over WSGI; see ``environ.read_body``."""
+    return environ.read_body(req.env, req.content_length, max_bytes)
 
 
 def set_headers(resp: Response, headers: Headers) -> None:

@@ -10,7 +10,8 @@ from falcon import Request, Response
 
 from tokenguard._heads import forwarded_headers, returned_headers
 from tokenguard.api.call import CALL, Call, Guard, path_of
-from tokenguard.api.wire import ambiguous, headers_of, read_wsgi_body, set_headers, write
+from tokenguard.api.environ import check_identity
+from tokenguard.api.wire import headers_of, read_wsgi_body, set_headers, write
 from tokenguard.errors import UpstreamError
 from tokenguard.exchange import Terms
 from tokenguard.model import Answer, UpstreamRequest
@@ -47,7 +48,8 @@ class WsgiChatCompletions:
         req.context.account = call.account
         headers = headers_of(req)
         body = read_wsgi_body(req, self._guard.max_body_bytes)
-        forward = ambiguous(headers) or call.begin(headers, body)
+        check_identity(headers)
+        forward = call.begin(headers, body)
         answer = forward if isinstance(forward, Answer) else call.open(forward)
         if answer is not None:
             return write(resp, answer)

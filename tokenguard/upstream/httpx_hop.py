@@ -82,7 +82,7 @@ class HttpxUpstream:
         """Send a request and wait for the head of its answer."""
         await self._take()
         try:
-            with _mapped_to_open():
+            with mapped_to_open():
                 response = await _shielded(self._client.send(_prepare(self._hop, request), stream=True))
             if not usable(response.status_code):
                 await response.aclose()
@@ -126,7 +126,7 @@ class HttpxResponse:
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes."""
         pieces = self._response.aiter_raw()
-        with _mapped():
+        with mapped():
             while True:
                 try:
                     chunk = await _shielded(anext(pieces))
@@ -159,7 +159,7 @@ class SyncHttpxUpstream:
         """Send a request and wait for the head of its answer."""
         self._take()
         try:
-            with _mapped_to_open():
+            with mapped_to_open():
                 response = self._client.send(_prepare(self._hop, request), stream=True)
             if not usable(response.status_code):
                 response.close()
@@ -193,7 +193,7 @@ class SyncHttpxResponse:
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the body as it comes."""
-        with _mapped():
+        with mapped():
             for chunk in self._response.iter_raw():
                 _check_time(self._until)
                 yield chunk
@@ -220,9 +220,9 @@ def _headers(response: httpx.Response) -> Headers:
 
 
 @contextmanager
-def _mapped_to_open() -> Iterator[None]:
+def mapped_to_open() -> Iterator[None]:
     """Turn what httpx raises before the head of an answer has come into errors of ours."""
-    with _mapped():
+    with mapped():
         try:
             yield
         except (httpx.ConnectError, httpx.UnsupportedProtocol) as error:
@@ -232,7 +232,7 @@ def _mapped_to_open() -> Iterator[None]:
 
 
 @contextmanager
-def _mapped() -> Iterator[None]:
+def mapped() -> Iterator[None]:
     """Turn what httpx raises after a request may have been sent into errors of ours."""
     try:
         yield

@@ -1,0 +1,389 @@
+"""The limiter that programs import: the same engine, budgets and Redis as the proxy's, in a process of one's own.
+
+A composition root: here the environment is read, and everything is put together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from tokenguard._heads import IDENTITY_HEADERS
+from tokenguard.config import Config, read_config
+from tokenguard.engine import Engine, environment
+from tokenguard.errors import InvalidSetting, InvalidValue
+from tokenguard.library.budgets import Budgets
+from tokenguard.library.call import Call, Desk, check_tokens
+from tokenguard.library.decorating import Guarding
+from tokenguard.model import BucketState, Decision, Identity, checked_name
+
+if TYPE_CHECKING:
+    from tokenguard.library.clients import AsyncGuardedClient, GuardedClient, Guards
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Limiter:
+    """Guards calls by budgets, from any thread and any event loop.
+
+    It opens what it needs when it is first used, in every process that was forked off too, and closes it with the
+    process, unless ``close`` or ``aclose`` does before.
+
+    Args:
+        url: Where buckets and budgets live: ``memory://`` (in this process, and those forked off it),
+            ``file:///a/path`` (likewise, and kept in that file for the next start), or ``redis://…`` and its kin
+            (shared with all who use the same Redis and realm).
+        settings: Other settings, by the names that they have in the environment: ``CAP_USER=1000``,
+            ``TOKENGUARD_REALM="staging"``. What is not given is at its default; the environment is not read.
+
+    Attributes:
+        budgets: Sets, lists and removes budgets.
+
+    Raises:
+        InvalidSetting: The URL or a setting cannot be used.
+
+    Source: docs/library.md, docs/settings.md
+    """
+
+    def __init__(self, url: str = "memory://", **settings: str | float) -> None:
+        self._set_up(read_config({name: str(value) for name, value in (_place(url) | settings).items()}))
+
+    @classmethod
+    def from_env(cls) -> Self:
+        """Return a limiter as the environment, and ``.env``, describe it: what the proxy goes by too.
+
+        Raises:
+            InvalidSetting: A setting cannot be used.
+        """
+        limiter = cls.__new__(cls)
+        limiter._set_up(read_config(environment()))  # noqa: SLF001 - its own
+        return limiter
+
+    def _set_up(self, config: Config) -> None:
+        self._engine = Engine(config)
+        self._desk = Desk(self._engine.limiter)
+        self.budgets = Budgets(self._engine.budgets, self._desk.line)
+        self._opening = threading.Lock()
+        self._is_open = False
+        self._guards: Guards | None = None
+        self._to_close: list[Callable[[], None]] = [self._engine.backend.close]
+        self._finalizer = weakref.finalize(self, _close, self._to_close)
+        _limiters.add(self)
+
+    def __repr__(self) -> str:
+        return f"<Limiter on {self._engine.backend.describe()}>"
+
+    # --- calls ------------------------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        *,
+        user: str,
+        tokens: int,
+        team: str | None = None,
+        role: str | None = None,
+        rolegroup: str | None = None,
+        model: str = "",
+        wait: float = 0.0,
+    ) -> Call:
+        """Guard a block: ``with limiter.reserve(user="alice", tokens=1200) as call: ...``, or ``async with``.
+
+        When the block begins, the estimate is taken from every bucket on the call's path, or from none of them.
+
+        Args:
+            user: Who calls: 1 to 256 bytes of UTF-8, like all names.
+            tokens: What the call is expected to take, 0 to 10^12. A bucket is asked for no more than it can hold.
+            team: The user's team, if any.
+            role: Likewise.
+            rolegroup: Likewise.
+            model: Which model is called, for budgets of models.
+            wait: How many seconds to wait for the budget at most. Whoever comes first is served first, among those
+                who wait in this process; a call that does not wait takes what is there.
+
+        Returns:
+            The call, of which nothing is reserved before its block begins. That may raise BudgetExceeded, or
+            TableFull, TableBusy or BackendDown; nothing is charged in any of these cases.
+
+        Raises:
+            InvalidValue: An argument is out of bounds.
+        """
+        if not self._is_open:
+            self._open()
+        check_tokens("tokens", tokens)
+        return Call(self._desk, _identity(user, team, role, rolegroup), model, tokens, wait and _seconds(wait))
+
+    def try_reserve(
+        self,
+        *,
+        user: str,
+        tokens: int,
+        team: str | None = None,
+        role: str | None = None,
+        rolegroup: str | None = None,
+        model: str = "",
+        wait: float = 0.0,
+    ) -> Call | Decision:
+        """Reserve at once, and return the refusal rather than raise it.
+
+        Takes what ``reserve`` takes, and raises what it and its block do, but for BudgetExceeded.
+
+        Returns:
+            The call, which is to be settled, refunded or kept, be it by ``with``; or the decision that refused it.
+        """
+        call = self.reserve(
+            user=user, tokens=tokens, team=team, role=role, rolegroup=rolegroup, model=model, wait=wait
+        )
+        return call.attempt()
+
+    async def try_reserve_async(
+        self,
+        *,
+        user: str,
+        tokens: int,
+        team: str | None = None,
+        role: str | None = None,
+        rolegroup: str | None = None,
+        model: str = "",
+        wait: float = 0.0,
+    ) -> Call | Decision:
+        """Do what ``try_reserve`` does, without holding up the event loop; cancelled, it takes nothing."""
+        call = self.reserve(
+            user=user, tokens=tokens, team=team, role=role, rolegroup=rolegroup, model=model, wait=wait
+        )
+        return await call.attempt_soon()
+
+    def peek(
+        self,
+        *,
+        user: str,
+        team: str | None = None,
+        role: str | None = None,
+        rolegroup: str | None = None,
+        model: str = "",
+    ) -> tuple[BucketState, ...]:
+        """Return every bucket on a call's path as it is now, from ``global`` down to the user's; change nothing.
+
+        Raises:
+            InvalidValue: An argument is out of bounds.
+            BackendDown: The buckets cannot be reached.
+        """
+        if not self._is_open:
+            self._open()
+        return self._engine.limiter.peek(_identity(user, team, role, rolegroup), model)
+
+    def estimate(
+        self, request: bytes | str | Mapping[str, Any], *, user: str = "", team: str | None = None
+    ) -> int:
+        """Return how many tokens a chat completion is expected to take, as the proxy estimates it.
+
+        Args:
+            request: What is asked of the provider: a body, or what it is made of. Without ``max_tokens`` the
+                answer counts for what answers took, of calls through this limiter's clients; 250 or so at first.
+            user: Who calls, for what was learned of that user's calls.
+            team: Likewise.
+
+        Raises:
+            InvalidValue: It is no request for a chat completion.
+        """
+        body = request if isinstance(request, bytes | str) else json.dumps(request)
+        raw = body.encode() if isinstance(body, str) else body
+        return self._guards_of_clients().estimate(raw, team, user)
+
+    def guard(
+        self,
+        *,
+        user: str | Callable[..., str],
+        tokens: int | Callable[..., int],
+        team: str | Callable[..., str | None] | None = None,
+        role: str | Callable[..., str | None] | None = None,
+        rolegroup: str | Callable[..., str | None] | None = None,
+        model: str | Callable[..., str] = "",
+        wait: float = 0.0,
+        used: Callable[[Any], int] | None = None,
+    ) -> Guarding:
+        """Return a decorator that guards every call of a function, plain or ``async``.
+
+        Args:
+            user: What ``reserve`` takes, or a function that is given the call's arguments and returns it; likewise
+                ``team``, ``role``, ``rolegroup``, ``model`` and ``tokens``.
+            tokens: Likewise.
+            team: Likewise.
+            role: Likewise.
+            rolegroup: Likewise.
+            model: Likewise.
+            wait: As for ``reserve``.
+            used: Returns the tokens that a call took, given what the function returned. By default that is its
+                ``usage.total_tokens``, which the openai SDK's answers have; what has none is charged the estimate.
+
+        Raises:
+            TypeError: The function is a generator, which runs on after it was called: guard its body by ``with``.
+        """
+        who = {"user": user, "team": team, "role": role, "rolegroup": rolegroup, "model": model, "tokens": tokens}
+        return Guarding(self.reserve, who, wait, used)
+
+    # --- clients of the provider's ----------------------------------------------------------------------------
+
+    def httpx_client(
+        self,
+        *,
+        user: str | None = None,
+        team: str | None = None,
+        role: str | None = None,
+        rolegroup: str | None = None,
+        **options: Any,  # noqa: ANN401 - httpx's own
+    ) -> GuardedClient:
+        """Return an ``httpx.Client`` that guards every chat completion: ``OpenAI(http_client=…)``.
+
+        Calls are estimated, reserved and settled as the proxy does it, by the usage that the provider tells,
+        streams included. A refusal is a response with the status 429, which the SDKs read as the provider's own.
+
+        Args:
+            user: Who calls. A call may say so itself, in the header ``x-user-id`` and those that go with it, which
+                do not travel on; if neither does, it is answered by a 400.
+            team: The user's team, or the header ``x-team-id``.
+            role: Likewise, ``x-role``.
+            rolegroup: Likewise, ``x-llm-rolegroup``.
+            options: What ``httpx.Client`` takes.
+
+        Raises:
+            InvalidValue: A name is out of bounds.
+        """
+        from tokenguard.library.clients import GuardedClient  # whoever has no use for httpx need not load it
+
+        return GuardedClient(self._guards_of_clients(), _fields(user, team, role, rolegroup), **options)
+
+    def httpx_async_client(
+        self,
+        *,
+        user: str | None = None,
+        team: str | None = None,
+        role: str | None = None,
+        rolegroup: str | None = None,
+        **options: Any,  # noqa: ANN401 - httpx's own
+    ) -> AsyncGuardedClient:
+        """Return the same for ``AsyncOpenAI(http_client=…)``: an ``httpx.AsyncClient``."""
+        from tokenguard.library.clients import AsyncGuardedClient  # likewise
+
+        return AsyncGuardedClient(self._guards_of_clients(), _fields(user, team, role, rolegroup), **options)
+
+    def _guards_of_clients(self) -> Guards:
+        from tokenguard.library.clients import Guards  # likewise
+
+        if not self._is_open:
+            self._open()
+        with self._opening:
+            if self._guards is None:
+                self._guards = Guards(self._engine)
+                self._to_close.insert(0, self._guards.close)
+            return self._guards
+
+    # --- its life ---------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        with self._opening:
+            if not self._finalizer.alive:
+                raise RuntimeError("the limiter is closed")
+            if not self._is_open:
+                self._engine.backend.open()
+                self._is_open = True
+
+    def close(self) -> None:
+        """Save what is to be kept, and close what is open; the limiter is of no more use."""
+        self._is_open = False
+        self._finalizer()
+
+    async def aclose(self) -> None:
+        """Do so without holding up the event loop, and close what was open for that."""
+        self._is_open = False
+        if self._finalizer.detach() is not None:
+            if self._guards is not None:
+                await asyncio.to_thread(self._guards.close)
+            await self._engine.backend.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def _close(what: list[Callable[[], None]]) -> None:
+    for close in what:
+        close()
+
+
+def _place(url: str) -> dict[str, str | float]:
+    """Return the settings that a URL stands for.
+
+    Raises:
+        InvalidSetting: It is none.
+    """
+    allowed = "url must be memory://, file:///a/path, or a URL of Redis such as redis://host:6379/0"
+    if url == "memory://":
+        return {}
+    if not url.startswith("file:"):
+        if "://" not in url or url.startswith("memory:"):
+            raise InvalidSetting("url", f"{allowed}; got {url!r}" if "@" not in url else allowed)
+        return {"REDIS_URL": url}
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or parts.query or parts.fragment:
+        raise InvalidSetting("url", f"{allowed}; got {url!r}")
+    return {"TOKENGUARD_STATE": unquote(parts.path)}
+
+
+@lru_cache(8192)
+def _identity(user: str, team: str | None, role: str | None, rolegroup: str | None) -> Identity:
+    """Return who calls; PERF: remembered, for to check four names takes as long as to reserve."""
+    for field, value in (("user", user), ("team", team), ("role", role), ("rolegroup", rolegroup)):
+        if value is not None or field == "user":
+            if not isinstance(value, str):
+                raise InvalidValue(field, f"{field} must be a string, got {value!r}")
+            checked_name(field, value)
+    return Identity(user, team, role, rolegroup)
+
+
+def _seconds(wait: float) -> float:
+    if type(wait) not in (int, float) or not wait >= 0:
+        raise InvalidValue("wait", f"wait must be seconds, at least 0, got {wait!r}")
+    return float(wait)
+
+
+def _fields(*parts: str | None) -> dict[bytes, bytes]:
+    """Return the header fields that say who calls."""
+    given = dict(zip(IDENTITY_HEADERS, parts, strict=True))
+    return {
+        name: checked_name(IDENTITY_HEADERS[name], value).encode()
+        for name, value in given.items()
+        if value is not None
+    }
+
+
+_limiters: weakref.WeakSet[Limiter] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for limiter in list(_limiters):
+        limiter._opening = threading.Lock()  # noqa: SLF001 - of this module
+        limiter._is_open = False  # noqa: SLF001 - of this module
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,41 @@
+"""A call of somebody's own, in C down to the limiter: the row "library" of benchmarks/test_bench_bucket.py."""
+
+cimport cython
+from tokenguard.limiter cimport Limiter, Reservation
+
+
+@cython.final
+cdef class Desk:
+    cdef readonly Limiter limiter
+    cdef readonly object line
+
+    cpdef take(self, who, model, tokens, double wait_s)
+    cpdef given_back(self, Reservation reservation)
+
+
+@cython.final
+@cython.freelist(64)
+cdef class Call:
+    cdef readonly object tokens
+    cdef Desk _desk
+    cdef object _who
+    cdef object _model
+    cdef double _wait_s
+    cdef Reservation _reservation
+    cdef object _settling
+    cdef bint _spent
+
+    @cython.locals(taken=Reservation)
+    cpdef settle(self, tokens)
+    @cython.locals(taken=Reservation)
+    cpdef refund(self)
+    cpdef keep(self)
+    cpdef attempt(self)
+    cdef _begun(self, taken)
+    cdef Reservation _taken(self)
+    cdef _settle(self, Reservation taken, tokens)
+    @cython.locals(taken=Reservation)
+    cdef _end(self, bint failed)
+
+
+cpdef check_tokens(field, tokens)

@@ -1,0 +1,317 @@
+"""One guarded call of somebody's own: reserved at the beginning of a block, settled by its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from time import monotonic
+from types import TracebackType
+from typing import Any, Self
+
+from tokenguard import refusal
+from tokenguard.errors import InvalidValue, TableBusy, TokenGuardError
+from tokenguard.library.waiting import Line, Turn
+from tokenguard.limiter import Limiter, Reservation
+from tokenguard.model import BucketName, Decision, Headers, Identity
+from tokenguard.plan import Plan
+
+MAX_TOKENS = 10**12
+LONGEST_SLEEP_S = 3600.0
+
+_log = logging.getLogger("tokenguard")
+
+
+class BudgetExceeded(TokenGuardError):
+    """A call was refused: a bucket on its path holds too little. Nothing was charged.
+
+    Attributes:
+        decision: Which bucket it was, and how things are with every one on the path.
+    """
+
+    def __init__(self, decision: Decision) -> None:
+        super().__init__(decision)
+        self.decision = decision
+
+    def __str__(self) -> str:
+        return refusal.explain(self.decision)
+
+    @property
+    def scope(self) -> str:
+        """Whose budget it was: ``user:alice``, ``global:*``."""
+        binding = self.decision.binding
+        return "" if binding is None else str(binding.name.scope)
+
+    @property
+    def retry_after(self) -> float | None:
+        """How many seconds until the same call would pass if nobody else is admitted; None for never."""
+        return self.decision.retry_after
+
+
+class Unsettled(UserWarning):
+    """A block was left, and nobody had said what its call took: what was reserved stays spent."""
+
+
+class Desk:
+    """Where calls are reserved.
+
+    Args:
+        limiter: Reserves and settles.
+
+    Attributes:
+        limiter: Likewise.
+        line: Those who wait.
+    """
+
+    def __init__(self, limiter: Limiter) -> None:
+        self.limiter = limiter
+        self.line = Line()
+
+    def take(self, who: Identity, model: str, tokens: int, wait_s: float) -> Reservation | Decision:
+        """Reserve, and wait for it if need be; return the last refusal if that was in vain."""
+        if not wait_s:
+            return self.limiter.reserve(who, model, tokens, tokens)
+        told = threading.Event()
+        with self._turn(who, model, wait_s, told.set) as turn:
+            while (pause_s := turn.pause_s(monotonic())) >= 0:
+                if pause_s:
+                    told.wait(min(pause_s, LONGEST_SLEEP_S))
+                    told.clear()
+                else:
+                    taken = self.limiter.reserve(who, model, tokens, tokens)
+                    if isinstance(taken, Reservation) or not turn.refused(taken, monotonic()):
+                        return taken
+        return self.limiter.look(who, model, tokens, tokens)
+
+    async def take_soon(self, who: Identity, model: str, tokens: int, wait_s: float) -> Reservation | Decision:
+        """Do what ``take`` does, without holding up an event loop; if it is cancelled, nothing is taken."""
+        if not wait_s:
+            return await self._take_once_soon(who, model, tokens)
+        told, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # its loop is closed: whoever waited there waits no more
+                loop.call_soon_threadsafe(told.set)
+
+        with self._turn(who, model, wait_s, tell) as turn:
+            while (pause_s := turn.pause_s(monotonic())) >= 0:
+                if pause_s:
+                    await _sleep(told, min(pause_s, LONGEST_SLEEP_S))
+                else:
+                    taken = await self._take_once_soon(who, model, tokens)
+                    if isinstance(taken, Reservation) or not turn.refused(taken, monotonic()):
+                        return taken
+        if self.limiter.waits:
+            return await asyncio.to_thread(self.limiter.look, who, model, tokens, tokens)
+        return self.limiter.look(who, model, tokens, tokens)
+
+    async def _take_once_soon(self, who: Identity, model: str, tokens: int) -> Reservation | Decision:
+        if self.limiter.waits:
+            return await self.limiter.reserve_soon(who, model, tokens, tokens)
+        return self.limiter.reserve(who, model, tokens, tokens)
+
+    def _turn(self, who: Identity, model: str, wait_s: float, tell: Callable[[], None]) -> Turn:
+        names = names_of(self.limiter.plan(who, model))
+        return self.line.enter(names, monotonic() + wait_s, tell)
+
+    def given_back(self, reservation: Reservation) -> None:
+        """Let those who wait know that buckets may hold more than they did."""
+        if self.line:
+            self.line.stir(names_of(reservation.plan))
+
+
+def names_of(plan: Plan) -> list[BucketName]:
+    """Return the buckets that a call must pass."""
+    return [budget.name for budget in plan.budgets]
+
+
+async def _sleep(told: asyncio.Event, seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await told.wait()
+    except TimeoutError:
+        pass
+    told.clear()
+
+
+class Call:
+    """A call that is reserved when its block begins, and settled, refunded or kept by the time that it ends.
+
+    ``with`` and ``async with`` do the same; within ``async with`` nothing holds up the event loop, and the block's
+    end waits until the buckets are up to date. An exception gives everything back but the request itself, unless
+    the call had been settled before.
+
+    Attributes:
+        tokens: The estimate, in tokens.
+    """
+
+    def __init__(self, desk: Desk, who: Identity, model: str, tokens: int, wait_s: float) -> None:
+        self.tokens = tokens
+        self._desk = desk
+        self._who = who
+        self._model = model
+        self._wait_s = wait_s
+        self._reservation: Reservation | None = None
+        self._settling: asyncio.Future[Any] | None = None
+        self._spent = False
+
+    def __repr__(self) -> str:
+        taken = self._reservation
+        state = "not reserved yet" if taken is None else "open" if taken.is_open else "settled"
+        return f"<Call of {self._who.user} for {self.tokens} tokens, {state}>"
+
+    @property
+    def decision(self) -> Decision:
+        """The decision that let it pass: every bucket on its path as the reserve left it."""
+        return self._taken().decision
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it is reserved, and still to be settled, refunded or kept."""
+        return self._reservation is not None and self._reservation.is_open
+
+    def limit_headers(self) -> Headers:
+        """Return the ``x-ratelimit-*`` fields for an answer: of each meter's tightest bucket."""
+        return self._taken().limit_headers()
+
+    def settle(self, tokens: int) -> None:
+        """Replace the estimate by what the call really took.
+
+        Args:
+            tokens: What it took in all, at least 0; what is beyond the estimate is charged too.
+
+        Raises:
+            AlreadySettled: It has been settled, refunded or kept before; nothing was changed.
+            InvalidValue: ``tokens`` is no whole number of at least 0; the estimate stays spent.
+            TableBusy: The buckets were locked; nothing was changed, and it can be tried again.
+        """
+        try:
+            check_tokens("tokens", tokens)
+        except InvalidValue:
+            self._spent = True  # a call whose usage is not to be had was made all the same
+            raise
+        self._settle(self._taken(), tokens)
+
+    def refund(self) -> None:
+        """Give all tokens back, for the call was never made; its request stays counted.
+
+        Raises:
+            AlreadySettled: It has been settled, refunded or kept before; nothing was changed.
+        """
+        taken = self._taken()
+        taken.unsent = True
+        self._settle(taken, 0)
+
+    def keep(self) -> None:
+        """Leave what was reserved as spent, for what the call took cannot be told.
+
+        Raises:
+            AlreadySettled: It has been settled, refunded or kept before; nothing was changed.
+        """
+        self._taken().close()
+
+    async def settled(self) -> None:
+        """Wait until the buckets are up to date: in an event loop, ``settle`` and ``refund`` do not."""
+        if self._settling is not None:
+            await self._settling
+
+    def _taken(self) -> Reservation:
+        if self._reservation is None:
+            raise RuntimeError("nothing is reserved yet: a call begins with its `with` or `async with`")
+        return self._reservation
+
+    def _settle(self, taken: Reservation, tokens: int) -> None:
+        limiter = self._desk.limiter
+        if limiter.waits and _in_loop():
+            self._settling = limiter.settle_soon(taken, tokens)
+            self._settling.add_done_callback(partial(_given_back, self._desk, taken))
+        else:
+            limiter.settle(taken, tokens)
+            self._desk.given_back(taken)
+
+    def attempt(self) -> Self | Decision:
+        """Reserve; return the call, or the decision that refused it."""
+        return self._begun(self._desk.take(self._who, self._model, self.tokens, self._wait_s))
+
+    async def attempt_soon(self) -> Self | Decision:
+        """Do so without holding up an event loop."""
+        return self._begun(await self._desk.take_soon(self._who, self._model, self.tokens, self._wait_s))
+
+    def _begun(self, taken: Reservation | Decision) -> Self | Decision:
+        if isinstance(taken, Decision):
+            return taken
+        self._reservation = taken
+        return self
+
+    def __enter__(self) -> Self:
+        if self._reservation is None:
+            begun = self.attempt()
+            if isinstance(begun, Decision):
+                raise BudgetExceeded(begun)
+        return self
+
+    async def __aenter__(self) -> Self:
+        if self._reservation is None:
+            begun = await self.attempt_soon()
+            if isinstance(begun, Decision):
+                raise BudgetExceeded(begun)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end(kind is not None)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end(kind is not None)
+        await self.settled()
+
+    def __del__(self) -> None:
+        self._end(False)
+
+    def _end(self, failed: bool) -> None:
+        taken = self._reservation
+        if taken is None or not taken.is_open:
+            return
+        if failed and not self._spent:
+            try:
+                self.refund()
+            except TableBusy as busy:
+                _log.warning("%s: %d tokens that were reserved for %s stay spent", busy, self.tokens, self._who)
+            return
+        taken.close()
+        if not failed:
+            warnings.warn(
+                f"a call ended without call.settle(): the estimate of {self.tokens} tokens stays spent. Settle it "
+                "at what it took, or say call.keep()",
+                Unsettled,
+                stacklevel=1,  # compiled, nothing stands between here and whoever left the block
+            )
+
+
+def _given_back(desk: Desk, taken: Reservation, _: object) -> None:
+    desk.given_back(taken)
+
+
+def _in_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def check_tokens(field: str, tokens: int) -> None:
+    """Refuse what is no number of tokens.
+
+    Raises:
+        InvalidValue: It is not.
+    """
+    if type(tokens) is not int or not 0 <= tokens <= MAX_TOKENS:
+        raise InvalidValue(field, f"{field} must be a whole number from 0 to 10^12, got {tokens!r}")

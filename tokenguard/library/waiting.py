@@ -1,0 +1,144 @@
+"""Who waits for a budget, and in which order: first come, first served, and nobody asks again before it can help.
+
+A call that is refused waits in the line of the bucket that refused it. Behind it waits whoever comes later and
+needs that bucket too; others pass. Only the first of a line asks: when its bucket has filled up so far, or when
+somebody else has given tokens back.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from bisect import insort
+from collections.abc import Callable, Collection
+from itertools import count
+from operator import attrgetter
+
+from tokenguard.model import NEVER_US, BucketName, Decision
+
+_number = attrgetter("number")
+
+
+class Line:
+    """All who wait in one process, threads and tasks alike."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = count()
+        self._waiting: dict[BucketName, list[Turn]] = {}
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def enter(self, names: Collection[BucketName], until_s: float, tell: Callable[[], None]) -> Turn:
+        """Return the turn of one who comes now.
+
+        Args:
+            names: The buckets that it needs.
+            until_s: How long it waits, by the monotonic clock.
+            tell: Wakes it up; from any thread.
+        """
+        return Turn(self, next(self._numbers), names, until_s, tell)
+
+    def stir(self, names: Collection[BucketName] | None = None) -> None:
+        """Let those ask again who wait first for one of some buckets, or of any: there may be more in it."""
+        if self._waiting:
+            with self._lock:
+                for name in list(self._waiting) if names is None else names:
+                    self._tell_first(name)
+
+    def is_first(self, turn: Turn) -> bool:
+        """Return whether nobody waits ahead for a bucket that it needs; else it waits behind them from now on."""
+        with self._lock:
+            for name in turn.names if self._waiting else ():
+                line = self._waiting.get(name)
+                if line and line[0].number < turn.number:
+                    self._move(turn, name)
+                    return False
+            return True
+
+    def wait_for(self, turn: Turn, name: BucketName) -> bool:
+        """Have it wait for a bucket; return whether it did not before."""
+        with self._lock:
+            return self._move(turn, name)
+
+    def leave(self, turn: Turn) -> None:
+        """Have it wait no more."""
+        with self._lock:
+            self._leave(turn)
+
+    def _move(self, turn: Turn, name: BucketName) -> bool:
+        if turn.at == name:
+            return False
+        self._leave(turn)
+        turn.at = name
+        insort(self._waiting.setdefault(name, []), turn, key=_number)
+        return True
+
+    def _leave(self, turn: Turn) -> None:
+        if turn.at is None:
+            return
+        name, turn.at = turn.at, None
+        line = self._waiting[name]
+        line.remove(turn)
+        if line:
+            self._tell_first(name)
+        else:
+            del self._waiting[name]
+
+    def _tell_first(self, name: BucketName) -> None:
+        line = self._waiting.get(name)
+        if line:
+            line[0].due = True
+            line[0].tell()
+
+
+class Turn:
+    """One who waits. It decides nothing and sleeps nowhere: whoever drives it does, as ``Line`` and time have it.
+
+    Attributes:
+        number: How many came before.
+        names: The buckets that it needs.
+        tell: Wakes it up.
+        at: Whose line it is in; None for none.
+        due: Whether somebody has told it to ask.
+    """
+
+    def __init__(
+        self, line: Line, number: int, names: Collection[BucketName], until_s: float, tell: Callable[[], None]
+    ) -> None:
+        self.number = number
+        self.names = names
+        self.tell = tell
+        self.at: BucketName | None = None
+        self.due = True
+        self._line = line
+        self._until_s = until_s
+        self._again_s = math.inf
+
+    def __enter__(self) -> Turn:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._line.leave(self)
+
+    def pause_s(self, now_s: float) -> float:
+        """Return how long to sleep unless told before; 0 if it is to ask now, below 0 if it must go without."""
+        late = now_s >= self._until_s
+        if not self._line.is_first(self):
+            return -1 if late else self._until_s - now_s
+        if late or self.due or now_s >= self._again_s:
+            self.due = False
+            return 0
+        return min(self._again_s, self._until_s) - now_s
+
+    def refused(self, decision: Decision, now_s: float) -> bool:
+        """Take in that it asked in vain; return whether there is anything to wait for."""
+        binding = decision.binding
+        if binding is None or binding.cost > binding.limit or now_s >= self._until_s:
+            return False
+        never = decision.retry_after_us >= NEVER_US
+        self._again_s = math.inf if never else now_s + decision.retry_after_us / 1_000_000
+        if self._line.wait_for(self, binding.name):
+            self.due = True  # what was given back before it stood in line, nobody told it of
+        return True
