@@ -29,6 +29,7 @@ HOMES = {
     "uvicorn": {"server"},
     "click": {"cli"},
     "httpx": {"upstream", "provider_limits", "library", "cli"},
+    "httpx2": {"library"},
     "redis": {"backends.link"},
     "hiredis": {"backends.link"},
     "dotenv": ROOTS,

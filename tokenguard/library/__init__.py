@@ -26,7 +26,10 @@ from tokenguard.library.decorating import Guarding
 from tokenguard.model import BucketState, Decision, Identity, checked_name
 
 if TYPE_CHECKING:
-    from tokenguard.library.clients import AsyncGuardedClient, GuardedClient, Guards
+    import httpx
+    import httpx2
+
+    from tokenguard.library.sending import Guards
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -239,8 +242,8 @@ class Limiter:
         team: str | None = None,
         role: str | None = None,
         rolegroup: str | None = None,
-        **options: Any,  # noqa: ANN401 - httpx's own
-    ) -> GuardedClient:
+        **options: Any,  # noqa: ANN401 - its own
+    ) -> httpx.Client:
         """Return an ``httpx.Client`` that guards every chat completion: ``OpenAI(http_client=…)``.
 
         Calls are estimated, reserved and settled as the proxy does it, by the usage that the provider tells,
@@ -257,7 +260,7 @@ class Limiter:
         Raises:
             InvalidValue: A name is out of bounds.
         """
-        from tokenguard.library.clients import GuardedClient  # whoever has no use for httpx need not load it
+        from tokenguard.library.clients import GuardedClient  # whoever has no use for it need not load it
 
         return GuardedClient(self._guards_of_clients(), _fields(user, team, role, rolegroup), **options)
 
@@ -268,15 +271,47 @@ class Limiter:
         team: str | None = None,
         role: str | None = None,
         rolegroup: str | None = None,
-        **options: Any,  # noqa: ANN401 - httpx's own
-    ) -> AsyncGuardedClient:
+        **options: Any,  # noqa: ANN401 - its own
+    ) -> httpx.AsyncClient:
         """Return the same for ``AsyncOpenAI(http_client=…)``: an ``httpx.AsyncClient``."""
-        from tokenguard.library.clients import AsyncGuardedClient  # likewise
+        from tokenguard.library.clients import AsyncGuardedClient  # whoever has no use for it need not load it
+
+        return AsyncGuardedClient(self._guards_of_clients(), _fields(user, team, role, rolegroup), **options)
+
+    def httpx2_client(
+        self,
+        *,
+        user: str | None = None,
+        team: str | None = None,
+        role: str | None = None,
+        rolegroup: str | None = None,
+        **options: Any,  # noqa: ANN401 - its own
+    ) -> httpx2.Client:
+        """Return the same as an ``httpx2.Client``, which openai's SDK is built upon from its version 3 on.
+
+        Raises:
+            ModuleNotFoundError: httpx2 is not installed; it comes with that SDK.
+        """
+        from tokenguard.library.clients2 import GuardedClient  # whoever has no use for it need not load it
+
+        return GuardedClient(self._guards_of_clients(), _fields(user, team, role, rolegroup), **options)
+
+    def httpx2_async_client(
+        self,
+        *,
+        user: str | None = None,
+        team: str | None = None,
+        role: str | None = None,
+        rolegroup: str | None = None,
+        **options: Any,  # noqa: ANN401 - its own
+    ) -> httpx2.AsyncClient:
+        """Return the same for ``AsyncOpenAI(http_client=…)``: an ``httpx2.AsyncClient``."""
+        from tokenguard.library.clients2 import AsyncGuardedClient  # whoever has no use for it need not load it
 
         return AsyncGuardedClient(self._guards_of_clients(), _fields(user, team, role, rolegroup), **options)
 
     def _guards_of_clients(self) -> Guards:
-        from tokenguard.library.clients import Guards  # likewise
+        from tokenguard.library.sending import Guards  # likewise
 
         if not self._is_open:
             self._open()

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
+from types import ModuleType
 from typing import TypeVar
 
 import anyio
@@ -220,25 +221,25 @@ def _headers(response: httpx.Response) -> Headers:
 
 
 @contextmanager
-def mapped_to_open() -> Iterator[None]:
-    """Turn what httpx raises before the head of an answer has come into errors of ours."""
-    with mapped():
+def mapped_to_open(kin: ModuleType = httpx) -> Iterator[None]:
+    """Turn what httpx, or its kin, raises before the head of an answer has come into errors of ours."""
+    with mapped(kin):
         try:
             yield
-        except (httpx.ConnectError, httpx.UnsupportedProtocol) as error:
+        except (kin.ConnectError, kin.UnsupportedProtocol) as error:
             raise UpstreamError(f"the provider could not be reached ({_reason(error)})", sent=False) from error
-        except httpx.ConnectTimeout as error:
+        except kin.ConnectTimeout as error:
             raise UpstreamTimeout("the provider could not be reached in time", sent=False) from error
 
 
 @contextmanager
-def mapped() -> Iterator[None]:
-    """Turn what httpx raises after a request may have been sent into errors of ours."""
+def mapped(kin: ModuleType = httpx) -> Iterator[None]:
+    """Turn what httpx, or its kin, raises after a request may have been sent into errors of ours."""
     try:
         yield
-    except httpx.TimeoutException as error:
+    except kin.TimeoutException as error:
         raise UpstreamTimeout("the provider did not answer in time", sent=True) from error
-    except httpx.HTTPError as error:
+    except kin.HTTPError as error:
         raise UpstreamError(f"the provider's answer broke off ({_reason(error)})", sent=True) from error
 
 
