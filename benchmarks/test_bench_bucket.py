@@ -4,6 +4,7 @@ Every row's function makes ``CALLS`` calls for identities in a random order, dra
 the rows mean.
 """
 
+import asyncio
 import random
 from fractions import Fraction
 from itertools import cycle
@@ -13,6 +14,7 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter
 
+import tokenguard
 from tokenguard._bucket import BucketTable
 from tokenguard.arithmetic import scale
 from tokenguard.backends.memory import MemoryBackend
@@ -22,6 +24,7 @@ from tokenguard.plan import Plans
 
 CALLS = 1_000
 SCOPES = 5
+FAR = {"CAP": 10**12, "RATE": 10**10 / 3}
 AMPLE = scale(10**12, Fraction(10**10, 3), 10**13)
 EMPTY = scale(1, Fraction(1, 1000), 10)
 
@@ -124,6 +127,51 @@ def test_limiter(benchmark):
     ]
     measure(benchmark, "Limiter reserve + settle, 1 000 users", work, callers)
     assert limiter.reserve(callers[0], "gpt-4o-mini", 300, 900).decision.allowed
+
+
+def library():
+    """Return a limiter of the library with the same budgets, and the same callers."""
+    budgets = {f"{what}_{kind.upper()}": amount for kind in SCOPE_KINDS for what, amount in FAR.items()}
+    callers = [
+        {
+            "user": f"user-{n}",
+            "team": f"team-{n % 10}",
+            "role": f"role-{n % 20}",
+            "rolegroup": f"rolegroup-{n % 3}",
+        }
+        for n in range(1_000)
+    ]
+    return tokenguard.Limiter(**budgets), callers
+
+
+def test_block(benchmark):
+    limiter, callers = library()
+
+    def work(callers):
+        for caller in callers:
+            with limiter.reserve(**caller, model="gpt-4o-mini", tokens=900) as call:
+                call.settle(500)
+
+    measure(benchmark, "library: with limiter.reserve(...) + settle, 1 000 users", work, callers)
+    assert len(limiter.peek(**callers[0])) == SCOPES
+
+
+def test_async_block(benchmark):
+    limiter, callers = library()
+
+    async def calls(callers):
+        for caller in callers:
+            async with limiter.reserve(**caller, model="gpt-4o-mini", tokens=900) as call:
+                call.settle(500)
+
+    with asyncio.Runner() as runner:
+        measure(
+            benchmark,
+            "library: async with limiter.reserve(...) + settle, 1 000 users",
+            lambda callers: runner.run(calls(callers)),
+            callers,
+        )
+    assert len(limiter.peek(**callers[0])) == SCOPES
 
 
 def test_limits(benchmark):

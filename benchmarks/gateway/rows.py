@@ -175,19 +175,17 @@ def _on_a_port(folder, options, **settings):
         yield Server(port, process.pid)
 
 
+def uvicorn(folder, factory, **settings):
+    """Run the app that a factory makes under one worker of uvicorn."""
+    options = ["uvicorn", "--factory", factory, "--port", "{port}", "--loop", "uvloop", "--http", "httptools"]
+    options += ["--no-access-log", "--no-proxy-headers", "--log-level", "warning"]
+    return _on_a_port(folder, options, **settings)
+
+
 def first(folder, upstream):
     """Falcon and httpx, as the gateway was first built: see first.py."""
-    options = [
-        "uvicorn",
-        "--factory",
-        "benchmarks.gateway.first:create_app",
-        "--port",
-        "{port}",
-        "--loop",
-        "uvloop",
-    ]
-    options += ["--http", "httptools", "--no-access-log", "--no-proxy-headers", "--log-level", "warning"]
-    return _on_a_port(folder, options, UPSTREAM=f"http://127.0.0.1:{upstream[0]}")
+    url = f"http://127.0.0.1:{upstream[0]}"
+    return uvicorn(folder, "benchmarks.gateway.first:create_app", UPSTREAM=url)
 
 
 def splice(folder, upstream):
