@@ -153,6 +153,35 @@ def test_child_does_not_wait_behind_threads_of_its_parent(url):
     assert run(program, url, warnings="ignore") == 995
 
 
+def test_fork_in_a_running_loop_tells_the_loop_nothing(url):
+    """Its bell is the parent's too: what the child forgets of the loop, it forgets in silence."""
+    program = """
+        told = []
+
+        class Loop(asyncio.SelectorEventLoop):
+            def call_soon_threadsafe(self, *args, **more):
+                told.append(args)
+                return super().call_soon_threadsafe(*args, **more)
+
+        async def main():
+            await spend_soon(10)
+            told.clear()
+
+            def child():
+                gc.collect()
+                assert not told, told
+
+            forked(child)
+            await spend_soon(20)
+
+        with asyncio.Runner(loop_factory=Loop) as runner:
+            runner.run(main())
+        print(level(limiter))
+        """
+
+    assert run(program, url) == 970
+
+
 def test_program_that_closes_nothing_ends_in_silence(url):
     """Neither threads nor event loops have to close anything, with all warnings on."""
     program = """

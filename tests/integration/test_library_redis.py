@@ -455,8 +455,8 @@ def test_closing_wakes_all_who_wait(server):
     held = limiter.try_reserve(user="alice", tokens=1000)
     with ThreadPoolExecutor(2) as pool:
         those = [
-            pool.submit(limiter.try_reserve, user="alice", tokens=1, wait=PATIENCE_S),
-            pool.submit(asyncio.run, call(limiter, 1, 1, wait=PATIENCE_S)),
+            pool.submit(limiter.try_reserve, user="alice", tokens=1, wait=3 * PATIENCE_S),
+            pool.submit(asyncio.run, call(limiter, 1, 1, wait=3 * PATIENCE_S)),
         ]
         until(lambda: waiting(limiter) == 2, "they do not wait")
         limiter.close()

@@ -1108,10 +1108,10 @@ def test_closing_wakes_all_who_wait(limiter):
     held = limiter.try_reserve(user="alice", tokens=1000)
 
     async def wait():
-        await limiter.try_reserve_async(user="alice", tokens=1, wait=PATIENCE_S)
+        await limiter.try_reserve_async(user="alice", tokens=1, wait=3 * PATIENCE_S)
 
     with ThreadPoolExecutor(3) as pool:
-        those = [pool.submit(limiter.try_reserve, user="alice", tokens=1, wait=PATIENCE_S) for _ in range(2)]
+        those = [pool.submit(limiter.try_reserve, user="alice", tokens=1, wait=3 * PATIENCE_S) for _ in range(2)]
         those.append(pool.submit(asyncio.run, wait()))
         until(lambda: waiting(limiter) == 3)
 

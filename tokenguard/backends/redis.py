@@ -124,8 +124,9 @@ class RedisBackend:
         try:
             yield
         finally:
-            self._ends.pop(loop, None)
-            if self._lanes.pop(loop, None) is lane:
+            if self._lanes.get(loop) is lane:
+                del self._lanes[loop]
+                self._ends.pop(loop, None)
                 await lane.close()
                 self._count(lane)
                 self._add(lane, {**self._counted[lane], **dict.fromkeys(_STATES, 0)})
