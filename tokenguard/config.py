@@ -325,12 +325,26 @@ def read_config(environ: Mapping[str, str]) -> Config:
 def _check_names(environ: Mapping[str, str]) -> None:
     for name in environ:
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-        if prefix is None or name in SETTINGS:
-            continue
-        near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.8)
-        known = [known for known in SETTINGS if known.startswith(prefix)]
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-        raise InvalidSetting(name, f"{name} is not a setting: {hint}")
+        if prefix is not None:
+            check_name(name, prefix)
+
+
+def check_name(name: str, prefix: str = "") -> None:
+    """Refuse what is not the name of a setting.
+
+    Args:
+        name: The name.
+        prefix: What those begin with that may be meant.
+
+    Raises:
+        InvalidSetting: It is not.
+    """
+    if name in SETTINGS:
+        return
+    near = difflib.get_close_matches(name.upper(), SETTINGS, n=1, cutoff=0.8)
+    known = [known for known in SETTINGS if known.startswith(prefix)]
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    raise InvalidSetting(name, f"{name} is not a setting: {hint}")
 
 
 def _read(environ: Mapping[str, str], name: str) -> Any:  # noqa: ANN401 - as the setting's reader says

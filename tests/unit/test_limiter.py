@@ -562,3 +562,38 @@ def test_removing_a_budget_that_is_not_there_is_an_error():
 
     with pytest.raises(BudgetNotFound):
         house.backend.drop(named("user:alice"), None, NOW_US)
+
+
+# --- look ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0, 3, 0.7])
+@pytest.mark.parametrize("tokens", [0, 1, 400, 401, 1000, 1500, 2001, 10_001])
+def test_look_tells_what_reserve_would(tokens, rate):
+    """A refusal is foretold to the unit and the µs, and what would pass is told to pass; nothing is taken."""
+    house = House({"global": grant(5000, rate), "team": grant(900, rate), "user": grant(1000)})
+    house.taken(600, prompt=600)
+    then_us = NOW_US + 7 * S
+    before = levels(house)
+
+    seen = house.limiter.look(ALICE, MODEL, tokens, tokens, then_us)
+
+    assert levels(house) == before
+    came = house.reserve(tokens, prompt=tokens, now_us=then_us)
+    assert seen.allowed == isinstance(came, Reservation)
+    if seen.allowed:
+        assert (seen.binding, seen.retry_after_us) == (None, 0)
+    else:
+        assert seen == came
+
+
+def test_what_is_asked_is_asked_of_every_bucket():
+    """As many costs as buckets, or an error."""
+    house = staircase()
+    seen = house.backend.peek(house.limiter.plan(ALICE, MODEL).handle, NOW_US)
+
+    for costs in ((), (1,) * 4, (1,) * 6):
+        with pytest.raises(ValueError, match=f"the plan has 5 buckets, got {len(costs)} costs"):
+            seen.asked(costs)
+    assert not seen.asked((0, 0, 0, 0, 1001)).allowed
+    assert seen.asked((5000, 4000, 3000, 2000, 1000)).allowed

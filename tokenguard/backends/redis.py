@@ -7,7 +7,8 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from tokenguard._bucket import BucketTable, Outcome
@@ -66,7 +67,7 @@ class LoopThread:
 class RedisBackend:
     """Buckets and budgets in Redis.
 
-    Each event loop has a lane of its own; callers without a loop share one, in a thread.
+    Each event loop has a lane of its own, which ends with it; callers without a loop share one, in a thread.
 
     Args:
         url: Where Redis is.
@@ -94,10 +95,12 @@ class RedisBackend:
     def _forget_lanes(self) -> None:
         """Begin without lanes, as a process must that was forked off: its threads and loops are not here."""
         self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
+        self._ends: dict[asyncio.AbstractEventLoop, AsyncGenerator[None, None]] = {}
         self._thread = LoopThread()
         self._counting = threading.Lock()
         self._counted: dict[Lane | None, dict[str, int]] = {}
         self._changes_under_way: set[asyncio.Task[bool]] = set()
+        self._closing: set[asyncio.Task[None]] = set()
 
     def _lane(self) -> Lane:
         """Return the lane of the running event loop."""
@@ -105,12 +108,29 @@ class RedisBackend:
         lane = self._lanes.get(loop)
         if lane is None:
             for ended in [known for known in self._lanes if known.is_closed()]:
-                del self._lanes[ended]
+                del self._lanes[ended], self._ends[ended]
             link = RedisLink(self._url, self._realm.epoch_key, self._timeout_s)
             lane = self._lanes[loop] = Lane(
                 link, self._realm, self._policy, self._watch, self._timeout_s, self._count
             )
+            self._ends[loop] = end = self._end_of(lane)
+            with suppress(StopIteration):
+                end.asend(None).send(None)  # as far as its yield, whereby the loop knows of it
         return lane
+
+    async def _end_of(self, lane: Lane) -> AsyncGenerator[None, None]:
+        """Close a lane when this is closed, which is what ``asyncio.run`` and its kin do with all generators."""
+        loop = asyncio.get_running_loop()
+        try:
+            yield
+        finally:
+            if self._lanes.get(loop) is lane:
+                del self._lanes[loop]
+                self._ends.pop(loop, None)
+                await lane.close()
+                self._count(lane)
+                self._add(lane, {**self._counted[lane], **dict.fromkeys(_STATES, 0)})
+                del self._counted[lane]
 
     # --- what it is and how it is -----------------------------------------------------------------------------
 
@@ -163,18 +183,23 @@ class RedisBackend:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """Do so for callers without an event loop."""
+        """Do so for callers without an event loop, and have the other loops do so, which nobody waits for."""
         if self._thread.runs:
             self._thread.run(self._close_lane())
             self._thread.stop()
+        for loop in list(self._ends):
+            with suppress(RuntimeError):  # it is closed
+                loop.call_soon_threadsafe(self._begin_to_close)
+
+    def _begin_to_close(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._close_lane())
+        self._closing.add(task)  # a loop alone does not keep its tasks
+        task.add_done_callback(self._closing.discard)
 
     async def _close_lane(self) -> None:
-        lane = self._lanes.pop(asyncio.get_running_loop(), None)
-        if lane is not None:
-            await lane.close()
-            self._count(lane)
-            self._add(lane, {**self._counted[lane], **dict.fromkeys(_STATES, 0)})
-            del self._counted[lane]
+        end = self._ends.pop(asyncio.get_running_loop(), None)
+        if end is not None:
+            await end.aclose()
 
     # --- calls ------------------------------------------------------------------------------------------------
 
@@ -372,7 +397,11 @@ _backends: weakref.WeakSet[RedisBackend] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for backend in list(_backends):
+        ends = list(backend._ends.values())  # noqa: SLF001 - of this module
         backend._forget_lanes()  # noqa: SLF001 - of this module
+        for end in ends:
+            with suppress(StopIteration, RuntimeError):
+                end.aclose().send(None)  # there is no lane anymore, and so nothing is done
 
 
 os.register_at_fork(after_in_child=_after_fork)

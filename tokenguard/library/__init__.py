@@ -8,20 +8,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from tokenguard._heads import IDENTITY_HEADERS
-from tokenguard.config import Config, read_config
+from tokenguard.config import Config, check_name, read_config
 from tokenguard.engine import Engine, environment
 from tokenguard.errors import InvalidSetting, InvalidValue
 from tokenguard.library.budgets import Budgets
-from tokenguard.library.call import Call, Desk, check_tokens
+from tokenguard.library.call import Call, Desk, check_model
 from tokenguard.library.decorating import Guarding
 from tokenguard.model import BucketState, Decision, Identity, checked_name
 
@@ -58,7 +59,12 @@ class Limiter:
     """
 
     def __init__(self, url: str = "memory://", **settings: str | float) -> None:
-        self._set_up(read_config({name: str(value) for name, value in (_place(url) | settings).items()}))
+        place = _place(url)
+        for name in settings:
+            check_name(name)
+            if name in place:
+                raise InvalidSetting(name, f"{name} is what the URL says: give one of the two")
+        self._set_up(read_config({name: str(value) for name, value in (place | settings).items()}))
 
     @classmethod
     def from_env(cls) -> Self:
@@ -73,13 +79,13 @@ class Limiter:
 
     def _set_up(self, config: Config) -> None:
         self._engine = Engine(config)
-        self._desk = Desk(self._engine.limiter)
-        self.budgets = Budgets(self._engine.budgets, self._desk.line)
+        self._desk = Desk(self._engine.limiter, self._engine.backend.close)
+        self.budgets = Budgets(self._engine.budgets, self._desk)
         self._opening = threading.Lock()
         self._is_open = False
         self._guards: Guards | None = None
         self._to_close: list[Callable[[], None]] = [self._engine.backend.close]
-        self._finalizer = weakref.finalize(self, _close, self._to_close)
+        self._finalizer = weakref.finalize(self._desk, _close, self._to_close)  # a call needs it as long as we do
         _limiters.add(self)
 
     def __repr__(self) -> str:
@@ -121,8 +127,7 @@ class Limiter:
         """
         if not self._is_open:
             self._open()
-        check_tokens("tokens", tokens)
-        return Call(self._desk, _identity(user, team, role, rolegroup), model, tokens, wait and _seconds(wait))
+        return Call(self._desk, _identity_of(user, team, role, rolegroup), model, tokens, wait)
 
     def try_reserve(
         self,
@@ -181,7 +186,8 @@ class Limiter:
         """
         if not self._is_open:
             self._open()
-        return self._engine.limiter.peek(_identity(user, team, role, rolegroup), model)
+        check_model(model)
+        return self._engine.limiter.peek(_identity_of(user, team, role, rolegroup), model)
 
     def estimate(
         self, request: bytes | str | Mapping[str, Any], *, user: str = "", team: str | None = None
@@ -229,6 +235,7 @@ class Limiter:
 
         Raises:
             TypeError: The function is a generator, which runs on after it was called: guard its body by ``with``.
+                Likewise, when it is called, a plain function that returns a coroutine: guard one that awaits it.
         """
         who = {"user": user, "team": team, "role": role, "rolegroup": rolegroup, "model": model, "tokens": tokens}
         return Guarding(self.reserve, who, wait, used)
@@ -316,6 +323,7 @@ class Limiter:
         if not self._is_open:
             self._open()
         with self._opening:
+            self._desk.check_open()
             if self._guards is None:
                 self._guards = Guards(self._engine)
                 self._to_close.insert(0, self._guards.close)
@@ -325,24 +333,34 @@ class Limiter:
 
     def _open(self) -> None:
         with self._opening:
-            if not self._finalizer.alive:
-                raise RuntimeError("the limiter is closed")
+            self._desk.check_open()
             if not self._is_open:
                 self._engine.backend.open()
                 self._is_open = True
 
     def close(self) -> None:
-        """Save what is to be kept, and close what is open; the limiter is of no more use."""
-        self._is_open = False
-        self._finalizer()
+        """Save what is to be kept, and close what is open; the limiter is of no more use.
+
+        Whoever waits for a budget is told so by a RuntimeError, and so is whoever comes later. A call that is open
+        can still be settled; what it took is not saved anymore.
+        """
+        with self._opening:
+            self._is_open = False
+            self._desk.close()
+            self._finalizer()
 
     async def aclose(self) -> None:
         """Do so without holding up the event loop, and close what was open for that."""
-        self._is_open = False
-        if self._finalizer.detach() is not None:
-            if self._guards is not None:
-                await asyncio.to_thread(self._guards.close)
-            await self._engine.backend.stop()
+        with self._opening:
+            self._is_open = False
+            self._desk.close()
+            closes = self._finalizer.detach() is not None
+        if closes:
+            try:
+                if self._guards is not None:
+                    await asyncio.to_thread(self._guards.close)
+            finally:
+                await self._engine.backend.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -362,6 +380,10 @@ class Limiter:
 
 
 def _close(what: list[Callable[[], None]]) -> None:
+    if threading.current_thread().name.startswith("tokenguard-"):
+        # NOTE: it is one of those that are to end, and came upon a limiter that is garbage.
+        threading.Thread(target=_close, args=(what,), name="closing-tokenguard").start()
+        return
     for close in what:
         close()
 
@@ -373,16 +395,22 @@ def _place(url: str) -> dict[str, str | float]:
         InvalidSetting: It is none.
     """
     allowed = "url must be memory://, file:///a/path, or a URL of Redis such as redis://host:6379/0"
-    if url == "memory://":
-        return {}
-    if not url.startswith("file:"):
-        if "://" not in url or url.startswith("memory:"):
-            raise InvalidSetting("url", f"{allowed}; got {url!r}" if "@" not in url else allowed)
-        return {"REDIS_URL": url}
-    parts = urlsplit(url)
-    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/") or parts.query or parts.fragment:
-        raise InvalidSetting("url", f"{allowed}; got {url!r}")
-    return {"TOKENGUARD_STATE": unquote(parts.path)}
+    if isinstance(url, str):
+        if url == "memory://":
+            return {}
+        if "://" in url and not url.startswith(("memory:", "file:")):
+            return {"REDIS_URL": url}
+        if found := re.fullmatch(r"file:(?://(?:localhost)?)?(/(?!/)[^?#]*)", url):
+            return {"TOKENGUARD_STATE": unquote(found[1])}
+    shown = "a value" if "@" in str(url) else repr(url)  # it may hold a password
+    raise InvalidSetting("url", f"{allowed}; got {shown}")
+
+
+def _identity_of(user: str, team: str | None, role: str | None, rolegroup: str | None) -> Identity:
+    try:
+        return _identity(user, team, role, rolegroup)
+    except TypeError:  # what cannot be looked up is no name, and what it is it says by itself
+        return _identity.__wrapped__(user, team, role, rolegroup)
 
 
 @lru_cache(8192)
@@ -394,12 +422,6 @@ def _identity(user: str, team: str | None, role: str | None, rolegroup: str | No
                 raise InvalidValue(field, f"{field} must be a string, got {value!r}")
             checked_name(field, value)
     return Identity(user, team, role, rolegroup)
-
-
-def _seconds(wait: float) -> float:
-    if type(wait) not in (int, float) or not wait >= 0:
-        raise InvalidValue("wait", f"wait must be seconds, at least 0, got {wait!r}")
-    return float(wait)
 
 
 def _fields(*parts: str | None) -> dict[bytes, bytes]:
@@ -419,6 +441,7 @@ def _after_fork() -> None:
     for limiter in list(_limiters):
         limiter._opening = threading.Lock()  # noqa: SLF001 - of this module
         limiter._is_open = False  # noqa: SLF001 - of this module
+        limiter._desk.line.forget()  # noqa: SLF001 - of this module
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from tokenguard import budgets
 from tokenguard.budgets import MAX_PAGE, BudgetState, read_budget, read_name
-from tokenguard.library.waiting import Line
+from tokenguard.errors import InvalidValue
+from tokenguard.library.call import Desk
 from tokenguard.model import BucketName
+
+_OURS = {"refillPerSec": "refill_per_sec", "maxDebt": "max_debt"}
+"""How Python calls what has another name over HTTP."""
 
 
 class Budgets:
     """The budgets of all who share the limiter's buckets. A change binds the very next call.
 
-    Every method may raise BackendDown: the budgets cannot be reached.
+    Every method waits for Redis, or for the disk, if there is one: from an event loop, ``asyncio.to_thread`` calls
+    it. And every method may raise BackendDown: the budgets cannot be reached.
 
     Args:
-        inner: The use cases.
-        line: Those who wait, for whom a budget may make room.
+        use_cases: What does it.
+        desk: Where those wait for whom a budget may make room.
     """
 
-    def __init__(self, inner: budgets.Budgets, line: Line) -> None:
-        self._inner = inner
-        self._line = line
+    def __init__(self, use_cases: budgets.Budgets, desk: Desk) -> None:
+        self._use_cases = use_cases
+        self._desk = desk
+
+    @property
+    def _inner(self) -> budgets.Budgets:
+        self._desk.check_open()
+        return self._use_cases
 
     def set(
         self,
@@ -54,17 +64,20 @@ class Budgets:
             TableFull: There is no room for it; nothing was changed.
             StateUnwritable: It could not be put on the disk; nothing was changed.
         """
-        budget, given = read_budget(
-            {
-                **_members(scope, id, meter, model),
-                "capacity": capacity,
-                "refillPerSec": refill_per_sec,
-                "maxDebt": max_debt,
-                "level": level,
-            }
-        )
+        members = {
+            **_members(scope, id, meter, model),
+            "capacity": capacity,
+            "refillPerSec": refill_per_sec,
+            "maxDebt": max_debt,
+            "level": level,
+        }
+        try:
+            budget, given = read_budget(members)
+        except InvalidValue as error:
+            ours = _OURS.get(error.field, error.field)
+            raise InvalidValue(ours, str(error).replace(error.field, ours)) from None
         state = self._inner.put(budget, given)
-        self._line.stir()
+        self._desk.line.stir()
         return state
 
     def get(
@@ -85,8 +98,7 @@ class Budgets:
 
     def list(self) -> list[BudgetState]:
         """Return all budgets that were set, or learned of the provider, with their levels."""
-        page, after = self._inner.page(b"", MAX_PAGE)
-        states = page
+        states, after = self._inner.page(b"", MAX_PAGE)
         while after is not None:
             page, after = self._inner.page(after, MAX_PAGE)
             states += page
@@ -108,7 +120,7 @@ class Budgets:
             StateUnwritable: That could not be put on the disk; nothing was changed.
         """
         default = self._inner.delete(_name(scope, id, meter, model))
-        self._line.stir()
+        self._desk.line.stir()
         return default
 
 

@@ -8,8 +8,13 @@ from tokenguard.limiter cimport Limiter, Reservation
 cdef class Desk:
     cdef readonly Limiter limiter
     cdef readonly object line
+    cdef readonly bint is_closed
+    cdef object _end
+    cdef object __weakref__
 
+    cpdef check_open(self)
     cpdef take(self, who, model, tokens, double wait_s)
+    cdef _reserve(self, who, model, tokens)
     cpdef given_back(self, Reservation reservation)
 
 
@@ -24,6 +29,7 @@ cdef class Call:
     cdef Reservation _reservation
     cdef object _settling
     cdef bint _spent
+    cdef bint _soon
 
     @cython.locals(taken=Reservation)
     cpdef settle(self, tokens)
@@ -39,3 +45,5 @@ cdef class Call:
 
 
 cpdef check_tokens(field, tokens)
+cpdef check_model(model)
+cdef double _seconds(wait) except -1

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tokenguard import refusal
-from tokenguard.errors import InvalidValue, TableBusy, TokenGuardError
+from tokenguard.errors import AlreadySettled, InvalidValue, TableBusy, TokenGuardError
 from tokenguard.library.waiting import Line, Turn
 from tokenguard.limiter import Limiter, Reservation
 from tokenguard.model import BucketName, Decision, Headers, Identity
@@ -22,6 +22,8 @@ from tokenguard.plan import Plan
 
 MAX_TOKENS = 10**12
 LONGEST_SLEEP_S = 3600.0
+FOR_EVER_S = 1e18
+_ONE_BLOCK = "the call has been settled, refunded or kept before, and guards no further block: reserve anew"
 
 _log = logging.getLogger("tokenguard")
 
@@ -61,20 +63,38 @@ class Desk:
 
     Args:
         limiter: Reserves and settles.
+        end: Ends what a thread needs to do so, which begins anew by itself.
 
     Attributes:
         limiter: Likewise.
         line: Those who wait.
+        is_closed: Whether nothing is reserved anymore.
     """
 
-    def __init__(self, limiter: Limiter) -> None:
+    def __init__(self, limiter: Limiter, end: Callable[[], None]) -> None:
         self.limiter = limiter
         self.line = Line()
+        self.is_closed = False
+        self._end = end
+
+    def close(self) -> None:
+        """Reserve nothing anymore, and let those know who wait."""
+        self.is_closed = True
+        self.line.stir()
+
+    def check_open(self) -> None:
+        """Refuse to go on if it is closed.
+
+        Raises:
+            RuntimeError: It is.
+        """
+        if self.is_closed:
+            raise RuntimeError("the limiter is closed")
 
     def take(self, who: Identity, model: str, tokens: int, wait_s: float) -> Reservation | Decision:
         """Reserve, and wait for it if need be; return the last refusal if that was in vain."""
         if not wait_s:
-            return self.limiter.reserve(who, model, tokens, tokens)
+            return self._reserve(who, model, tokens)
         told = threading.Event()
         with self._turn(who, model, wait_s, told.set) as turn:
             while (pause_s := turn.pause_s(monotonic())) >= 0:
@@ -82,46 +102,62 @@ class Desk:
                     told.wait(min(pause_s, LONGEST_SLEEP_S))
                     told.clear()
                 else:
-                    taken = self.limiter.reserve(who, model, tokens, tokens)
+                    taken = self._reserve(who, model, tokens)
                     if isinstance(taken, Reservation) or not turn.refused(taken, monotonic()):
                         return taken
-        return self.limiter.look(who, model, tokens, tokens)
+            return turn.in_vain(self.limiter.look(who, model, tokens, tokens), monotonic())
 
     async def take_soon(self, who: Identity, model: str, tokens: int, wait_s: float) -> Reservation | Decision:
         """Do what ``take`` does, without holding up an event loop; if it is cancelled, nothing is taken."""
         if not wait_s:
-            return await self._take_once_soon(who, model, tokens)
+            return await self._reserve_soon(who, model, tokens)
         told, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def tell() -> None:
-            with suppress(RuntimeError):  # its loop is closed: whoever waited there waits no more
+            with suppress(RuntimeError):  # its loop was closed just now
                 loop.call_soon_threadsafe(told.set)
 
-        with self._turn(who, model, wait_s, tell) as turn:
+        with self._turn(who, model, wait_s, tell, loop.is_closed) as turn:
             while (pause_s := turn.pause_s(monotonic())) >= 0:
                 if pause_s:
                     await _sleep(told, min(pause_s, LONGEST_SLEEP_S))
                 else:
-                    taken = await self._take_once_soon(who, model, tokens)
+                    taken = await self._reserve_soon(who, model, tokens)
                     if isinstance(taken, Reservation) or not turn.refused(taken, monotonic()):
                         return taken
-        if self.limiter.waits:
-            return await asyncio.to_thread(self.limiter.look, who, model, tokens, tokens)
-        return self.limiter.look(who, model, tokens, tokens)
+            if self.limiter.waits:
+                seen = await asyncio.to_thread(self.limiter.look, who, model, tokens, tokens)
+            else:
+                seen = self.limiter.look(who, model, tokens, tokens)
+            return turn.in_vain(seen, monotonic())
 
-    async def _take_once_soon(self, who: Identity, model: str, tokens: int) -> Reservation | Decision:
-        if self.limiter.waits:
-            return await self.limiter.reserve_soon(who, model, tokens, tokens)
+    def _reserve(self, who: Identity, model: str, tokens: int) -> Reservation | Decision:
+        self.check_open()
         return self.limiter.reserve(who, model, tokens, tokens)
 
-    def _turn(self, who: Identity, model: str, wait_s: float, tell: Callable[[], None]) -> Turn:
+    async def _reserve_soon(self, who: Identity, model: str, tokens: int) -> Reservation | Decision:
+        if not self.limiter.waits:
+            return self._reserve(who, model, tokens)
+        self.check_open()
+        return await self.limiter.reserve_soon(who, model, tokens, tokens)
+
+    def _turn(
+        self,
+        who: Identity,
+        model: str,
+        wait_s: float,
+        tell: Callable[[], object],
+        is_gone: Callable[[], bool] = lambda: False,
+    ) -> Turn:
         names = names_of(self.limiter.plan(who, model))
-        return self.line.enter(names, monotonic() + wait_s, tell)
+        return self.line.enter(names, monotonic() + wait_s, tell, is_gone)
 
     def given_back(self, reservation: Reservation) -> None:
         """Let those who wait know that buckets may hold more than they did."""
         if self.line:
             self.line.stir(names_of(reservation.plan))
+        if self.is_closed and self.limiter.waits:
+            self._end()
 
 
 def names_of(plan: Plan) -> list[BucketName]:
@@ -149,15 +185,18 @@ class Call:
         tokens: The estimate, in tokens.
     """
 
-    def __init__(self, desk: Desk, who: Identity, model: str, tokens: int, wait_s: float) -> None:
+    def __init__(self, desk: Desk, who: Identity, model: str, tokens: int, wait: float) -> None:
+        check_tokens("tokens", tokens)
+        check_model(model)
         self.tokens = tokens
         self._desk = desk
         self._who = who
         self._model = model
-        self._wait_s = wait_s
+        self._wait_s = _seconds(wait)
         self._reservation: Reservation | None = None
         self._settling: asyncio.Future[Any] | None = None
         self._spent = False
+        self._soon = False
 
     def __repr__(self) -> str:
         taken = self._reservation
@@ -215,7 +254,7 @@ class Call:
         self._taken().close()
 
     async def settled(self) -> None:
-        """Wait until the buckets are up to date: in an event loop, ``settle`` and ``refund`` do not."""
+        """Wait until the buckets are up to date: of a call that an event loop reserved, ``settle`` does not."""
         if self._settling is not None:
             await self._settling
 
@@ -226,7 +265,7 @@ class Call:
 
     def _settle(self, taken: Reservation, tokens: int) -> None:
         limiter = self._desk.limiter
-        if limiter.waits and _in_loop():
+        if self._soon and limiter.waits and _in_loop():
             self._settling = limiter.settle_soon(taken, tokens)
             self._settling.add_done_callback(partial(_given_back, self._desk, taken))
         else:
@@ -239,7 +278,9 @@ class Call:
 
     async def attempt_soon(self) -> Self | Decision:
         """Do so without holding up an event loop."""
-        return self._begun(await self._desk.take_soon(self._who, self._model, self.tokens, self._wait_s))
+        begun = self._begun(await self._desk.take_soon(self._who, self._model, self.tokens, self._wait_s))
+        self._soon = True
+        return begun
 
     def _begun(self, taken: Reservation | Decision) -> Self | Decision:
         if isinstance(taken, Decision):
@@ -252,6 +293,8 @@ class Call:
             begun = self.attempt()
             if isinstance(begun, Decision):
                 raise BudgetExceeded(begun)
+        elif not self._reservation.is_open:
+            raise AlreadySettled(_ONE_BLOCK)
         return self
 
     async def __aenter__(self) -> Self:
@@ -259,6 +302,8 @@ class Call:
             begun = await self.attempt_soon()
             if isinstance(begun, Decision):
                 raise BudgetExceeded(begun)
+        elif not self._reservation.is_open:
+            raise AlreadySettled(_ONE_BLOCK)
         return self
 
     def __exit__(
@@ -315,3 +360,20 @@ def check_tokens(field: str, tokens: int) -> None:
     """
     if type(tokens) is not int or not 0 <= tokens <= MAX_TOKENS:
         raise InvalidValue(field, f"{field} must be a whole number from 0 to 10^12, got {tokens!r}")
+
+
+def check_model(model: str) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        InvalidValue: It is not.
+    """
+    if not isinstance(model, str):
+        raise InvalidValue("model", f"model must be a string, got {model!r}")
+
+
+def _seconds(wait: object) -> float:
+    """Return how long to wait; 10^18 s and more are for ever."""
+    if isinstance(wait, bool) or not isinstance(wait, int | float) or not wait >= 0:
+        raise InvalidValue("wait", f"wait must be seconds, at least 0, got {wait!r}")
+    return float(min(wait, FOR_EVER_S))

@@ -39,7 +39,7 @@ class Guarding:
         """Return the function, guarded."""
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(
-                f"{function.__qualname__} is a generator, which runs on after it was called: guard its body by "
+                f"{function!r} is a generator, which runs on after it was called: guard its body by "
                 "`with limiter.reserve(...)`"
             )
         if inspect.iscoroutinefunction(function):
@@ -57,6 +57,9 @@ class Guarding:
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             with self._call(args, kwargs) as call:
                 result = function(*args, **kwargs)
+                if inspect.iscoroutine(result):
+                    result.close()  # before it does anything: the call is refunded
+                    raise TypeError(f"{function!r} returns a coroutine: guard an `async def` that awaits it")
                 self._settle(call, result)
                 return result
 
