@@ -17,7 +17,7 @@ from tests.house import MODEL
 from tests.plain_servers import AsgiServer, Request, WsgiServer, serve_asgi, serve_wsgi
 from tokenguard import Limiter, asgi, wsgi
 from tokenguard.config import read_config
-from tokenguard.errors import BackendDown, BudgetNotFound, InvalidValue, TableBusy, TableFull
+from tokenguard.errors import AlreadySettled, BackendDown, BudgetNotFound, InvalidValue, TableBusy, TableFull
 from tokenguard.library.call import Desk
 from tokenguard.limiter import Limiter as Decider
 from tokenguard.middleware import CALL, ASGIGuard, FromBody, WSGIGuard
@@ -285,6 +285,19 @@ def test_request_is_charged_by_how_it_ends(limiter, server, ending):
         assert (heard.status, heard.ended) == (status, True)
         assert heard.headers[: len(fields)] == [(name.lower(), value) for name, value in fields]
         assert heard.body == b"".join(step[1] for step in steps if step[0] == "piece")
+
+
+@pytest.mark.parametrize("answer", [[], ()])
+def test_app_that_answers_nothing_has_failed(limiter, kind, answer):
+    """It is for the server to say so."""
+
+    async def silent(scope, receive, send):
+        assert scope[CALL].is_open
+
+    app = silent if kind == "asgi" else lambda *_: iter(answer) if answer == [] else answer
+    heard, _ = ask(kind, limiter, app, cost=PRICE)
+    assert (heard.status, heard.ended) == (0, False)
+    assert taken(limiter) == 0
 
 
 @pytest.mark.parametrize("ending", [name for name, (steps, _, _) in ENDINGS.items() if BREAKS not in steps])
@@ -874,6 +887,14 @@ def test_reservation_stays_spent_while_the_buckets_are_locked(limiter, kind, cap
     assert serve(guard, Request()).body == ANSWER
     assert (taken(limiter), app.call.is_open) == (PRICE, False)
     assert "the table is locked: what was reserved stays spent" in caplog.text
+
+
+def test_app_may_settle_in_another_thread_at_the_very_end(limiter, kind):
+    """Whoever comes second leaves it be."""
+    put_behind(limiter, Wrapped(limiter._engine.backend, settle=AlreadySettled("just now")))
+    app, guard, serve = BOTH[kind](limiter, [head(200, JSON), piece(ANSWER)], by_estimate())
+    assert serve(guard, Request()).raised is None
+    app.call.keep()
 
 
 class Slow(Wrapped):
