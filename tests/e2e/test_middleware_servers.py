@@ -222,14 +222,12 @@ def test_files_are_sent_by_the_server(servers, limiter, user, path):
 
 def test_workers_that_were_forked_share_what_was_there_before(folder, user):
     """With ``--preload`` the limiter is made before the workers are, and no table need be named."""
-    with (
-        under_gunicorn(folder, f"{APPS}:wsgi_app", "--preload", PYTHONPATH=ROOT, **SETTINGS) as server,
-        clients_of_each(server) as clients,
-    ):
-        assert len(server.workers) == WORKERS
-        paths = dict.fromkeys(clients, WSGI_ANSWERS)
-        statuses = Counter(all_at_once(clients, paths, asking(user, takes=COSTS)))
-        assert statuses == {200: FULL // COSTS, 429: len(clients)}
+    with under_gunicorn(folder, f"{APPS}:wsgi_app", "--preload", PYTHONPATH=ROOT, **SETTINGS) as server:
+        until(lambda: len(server.workers) == WORKERS, "they do not start")
+        with clients_of_each(server) as clients:
+            paths = dict.fromkeys(clients, WSGI_ANSWERS)
+            statuses = Counter(all_at_once(clients, paths, asking(user, takes=COSTS)))
+        assert statuses == {200: FULL // COSTS, 429: len(paths)}
         (bucket,) = server.post("/flask/answer", **asking(user)).json()["tokenguard"]["buckets"]
         assert bucket["level"] == FULL % COSTS
 

@@ -344,19 +344,19 @@ def test_pieces_may_be_views_and_arrays(limiter):
 @pytest.mark.parametrize("kind", ["http.response.pathsend", "http.response.zerocopysend"])
 def test_file_that_an_asgi_server_sends_is_an_answer(limiter, kind):
     """It ends the answer, though nothing of it is seen."""
-    open_at = {}
 
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200})
         await send({"type": kind, "path": "/a/file"})
 
     async def send(message):
-        open_at[message["type"]] = calls[0].is_open
+        sent.append(message["type"])
 
+    sent = []
     guard, calls = watched(app, limiter, cost=PRICE)
     asyncio.run(guard(AsgiServer(guard, Request()).scope, None, send))
-    assert open_at == {"http.response.start": True, kind: False}
-    assert taken(limiter) == PRICE
+    assert sent == ["http.response.start", kind]
+    assert (taken(limiter), calls[0].is_open) == (PRICE, False)
 
 
 def watched(app, limiter, **more):
@@ -413,6 +413,61 @@ def test_body_is_closed_once(limiter):
             serve_wsgi(WSGIGuard(app, limiter), Request(leaves_after=leaves_after))
             assert closed.pop()
             assert closed == []
+
+
+def settling_behind_its_end_asgi(fields, then):
+    async def app(scope, receive, send):
+        await AsgiSteps([head(200, *fields), piece(ANSWER)])(scope, receive, send)
+        then(scope[CALL])
+
+    return app
+
+
+def settling_behind_its_end_wsgi(fields, then):
+    class Body(Sized):
+        def close(self):
+            then(self.call)
+
+    def app(environ, start_response):
+        body = Body(WsgiSteps([head(200, *fields), piece(ANSWER)]).done(start_response))
+        body.call = environ[CALL]
+        return body
+
+    return app
+
+
+BEHIND = {"asgi": settling_behind_its_end_asgi, "wsgi": settling_behind_its_end_wsgi}
+
+
+def test_app_may_settle_behind_the_end_of_its_answer(limiter, kind):
+    """In a task that goes on behind it, or when its body is closed."""
+    heard, _ = ask(kind, limiter, BEHIND[kind]([JSON], lambda call: call.settle(3)), cost=PRICE)
+    assert (heard.raised, taken(limiter)) == (None, 3)
+
+
+def test_usage_counts_before_whoever_has_the_answer_may_look(limiter, kind):
+    """Of what fails behind it, nothing is given back."""
+    seen = []
+
+    def then(call):
+        seen.append((call.is_open, taken(limiter)))
+        raise Broken
+
+    heard, _ = ask(kind, limiter, BEHIND[kind]([JSON], then), cost=by_estimate())
+    assert (seen, taken(limiter)) == ([(False, USED)], USED)
+    assert isinstance(heard.raised, Broken)
+
+
+def test_what_fails_behind_an_answer_is_paid_for(limiter, kind):
+    """Be there a body or not."""
+
+    def then(call):
+        assert call.is_open
+        raise Broken
+
+    heard, _ = ask(kind, limiter, BEHIND[kind]([JSON], then), cost=PRICE)
+    assert isinstance(heard.raised, Broken)
+    assert taken(limiter) == PRICE
 
 
 # --- callers who hang up --------------------------------------------------------------------------------------

@@ -44,9 +44,10 @@ class ASGIGuard:
     """Lets a request through to an ASGI app if every budget on its path has room for it.
 
     A refused request is answered by the same 429 as the proxy's. The app finds the request's ``Call`` in its scope
-    as ``"tokenguard.call"``, and may settle it at what the request really took. If it does not, the request has
-    taken what was reserved; one that the app fails, by an exception or a status of 500 and more, costs no tokens,
-    unless its caller hung up first. WebSockets are guarded when they are opened.
+    as ``"tokenguard.call"``, and may settle it at what the request really took, until it returns. If it does not,
+    the request has taken what was reserved; one that the app fails, by an exception before anything of the body is
+    out or by a status of 500 and more, costs no tokens, unless its caller hung up first. WebSockets are guarded
+    when they are opened.
 
     Args:
         app: The app.
@@ -113,7 +114,7 @@ class ASGIGuard:
             elif kind in _BODIES:
                 ending.feed(message.get("body", b""))
                 if not message.get("more_body", False):
-                    ending.over(ended=True)
+                    ending.ended()
                     await call.settled()  # whoever has the answer may look
             elif kind == "websocket.close":
                 ending.answered(_REFUSED, [])  # unless it was accepted before
@@ -130,7 +131,7 @@ class ASGIGuard:
             ending.leave()
             raise
         finally:
-            ending.over(ended=False)
+            ending.over()
             await call.settled()
 
 

@@ -33,6 +33,7 @@ class Ending:
         self._reads_usage = reads_usage
         self._reader: JsonAnswer | EventStream | None = None
         self._status = 0
+        self._ended = False
         self._left = False
 
     def answered(self, status: int, headers: Headers) -> Headers:
@@ -66,30 +67,34 @@ class Ending:
         """Take in that the caller has hung up: what the app fails from now on is paid for."""
         self._left = self._left or self._status < 500
 
-    def over(self, *, ended: bool) -> None:
-        """Settle what is not settled. A request that the app failed, and its caller waited for, costs no tokens.
+    def ended(self) -> None:
+        """Take in that the answer has come to its end; settle what is known by now.
 
-        Args:
-            ended: Whether the answer has come to its end.
+        Else what was reserved is spent anyway, and the app may settle it until it is over.
         """
+        self._ended = True
+        self._settle(for_good=False)
+
+    def over(self) -> None:
+        """Settle what is not settled. What the app failed costs no tokens, if its caller waited for it."""
+        self._settle(for_good=True)
+
+    def _settle(self, *, for_good: bool) -> None:
         if not self._call.is_open:
             return
+        failed = self._status >= 500 or not (self._status and (self.began or self._ended))
+        usage = None if self._reader is None else self._reader.final_usage(self._ended)
         with suppress(AlreadySettled):  # by the app, in another thread
             try:
-                self._settle(ended)
+                if failed and not self._left:
+                    self._call.refund()
+                elif usage is not None:
+                    self._call.settle(usage.total)
+                elif for_good:
+                    self._call.keep()
             except TableBusy as error:
                 _log.warning("%s: what was reserved stays spent", error)
                 self._call.keep()
-
-    def _settle(self, ended: bool) -> None:
-        failed = self._status >= 500 or not (self._status and (self.began or ended))
-        usage = None if self._reader is None else self._reader.final_usage(ended)
-        if failed and not self._left:
-            self._call.refund()
-        elif usage is not None:
-            self._call.settle(usage.total)
-        else:
-            self._call.keep()
 
 
 def error_answer(error: TokenGuardError) -> Answer:

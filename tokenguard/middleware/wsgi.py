@@ -28,7 +28,8 @@ _CONTENT = {"CONTENT_TYPE": b"content-type", "CONTENT_LENGTH": b"content-length"
 class WSGIGuard:
     """Lets a request through to a WSGI app if every budget on its path has room for it.
 
-    What ``ASGIGuard`` says holds here too; the app finds the request's ``Call`` in its environment.
+    What ``ASGIGuard`` says holds here too; the app finds the request's ``Call`` in its environment, and may settle
+    it until it has returned a list, or its body is closed.
 
     Args:
         app: The app.
@@ -92,10 +93,11 @@ class WSGIGuard:
                     ending.feed(chunk)
             elif type(body) is not environ.get("wsgi.file_wrapper"):
                 return _Body(body, ending)
-            ending.over(ended=True)
+            ending.ended()
         except BaseException:
-            ending.over(ended=False)
+            ending.over()
             raise
+        ending.over()
         return body  # as it is: servers tell the length of what is of one piece, and send files by themselves
 
 
@@ -117,10 +119,10 @@ class _Body:
             chunk = next(self._chunks)
             self._ending.feed(chunk)
         except StopIteration:
-            self._ending.over(ended=True)
+            self._ending.ended()
             raise
         except BaseException:
-            self._ending.over(ended=False)
+            self._ending.over()
             raise
         return chunk
 
@@ -132,7 +134,7 @@ class _Body:
                 close()
         finally:
             self._ending.leave()
-            self._ending.over(ended=False)
+            self._ending.over()
 
 
 def _request(environ: Environ) -> Request:
