@@ -256,7 +256,7 @@ class Call:
     async def settled(self) -> None:
         """Wait until the buckets are up to date: of a call that an event loop reserved, ``settle`` does not."""
         if self._settling is not None:
-            await self._settling
+            await asyncio.shield(self._settling)  # whoever waits may be cancelled, and somebody else may wait too
 
     def _taken(self) -> Reservation:
         if self._reservation is None:

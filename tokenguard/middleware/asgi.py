@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from tokenguard import refusal
-from tokenguard.api.environ import check_body
+from tokenguard.api.environ import CallerGone, check_body
 from tokenguard.errors import TokenGuardError
 from tokenguard.library import Limiter
 from tokenguard.library.call import Call
@@ -23,6 +23,19 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_HEADS = {"http.response.start": 200, "websocket.http.response.start": 200, "websocket.accept": 101}
+"""How an answer begins, and its status if it does not tell one."""
+
+_BODIES = (
+    "http.response.body",
+    "http.response.pathsend",
+    "http.response.zerocopysend",
+    "websocket.http.response.body",
+)
+_GONE = ("http.disconnect", "websocket.disconnect")
+_REFUSED = 403
+"""What a WebSocket comes to that the app closes and has not accepted."""
+
 _TRY_AGAIN_LATER = 1013
 """How a WebSocket is closed that is refused, where the server cannot answer it by HTTP."""
 
@@ -31,9 +44,10 @@ class ASGIGuard:
     """Lets a request through to an ASGI app if every budget on its path has room for it.
 
     A refused request is answered by the same 429 as the proxy's. The app finds the request's ``Call`` in its scope
-    as ``"tokenguard.call"``, and may settle it at what the request really took. If it does not, the request has
-    taken what was reserved; one that the app fails, by an exception or a status of 500 and more, costs no tokens,
-    unless its caller hung up first. WebSockets are guarded when they are opened.
+    as ``"tokenguard.call"``, and may settle it at what the request really took, until it returns. If it does not,
+    the request has taken what was reserved; one that the app fails, by an exception before anything of the body is
+    out or by a status of 500 and more, costs no tokens, unless its caller hung up first. WebSockets are guarded
+    when they are opened.
 
     Args:
         app: The app.
@@ -66,18 +80,17 @@ class ASGIGuard:
             who = self._identify(request)
             if inspect.isawaitable(who):
                 who = await who
-            if who is None:
-                return await self._app(scope, receive, send)
-            body = self._asking.body
-            if body is not None and scope["type"] == "http":
-                whole = await _body(receive, body.max_bytes)
-                if whole is None:
-                    return None  # the caller hung up before it had sent its request
-                request.body = whole
-                receive = _Again(receive, whole)
-            call = await self._limiter.try_reserve_async(**self._asking.reservation(who, request))
+            if who is not None:
+                if self._asking.body is not None and scope["type"] == "http":
+                    request.body = await _body(receive, self._asking.body.max_bytes)
+                    receive = _Again(receive, request.body)
+                call = await self._limiter.try_reserve_async(**self._asking.reservation(who, request))
         except TokenGuardError as error:
             return await _answer(scope, send, error_answer(error))
+        except CallerGone:
+            return None
+        if who is None:
+            return await self._app(scope, receive, send)
         if isinstance(call, Decision):
             return await _answer(scope, send, refusal.refuse(call, random.random()))  # noqa: S311 - no secret
         return await self._guarded(call, scope, receive, send)
@@ -87,32 +100,38 @@ class ASGIGuard:
 
         async def watched() -> Message:
             message = await receive()
-            if message["type"] in ("http.disconnect", "websocket.disconnect"):
-                ending.left = True
+            if message["type"] in _GONE:
+                ending.leave()
             return message
 
         async def passed(message: Message) -> None:
             kind = message["type"]
-            if kind == "http.response.start":
+            if kind in _HEADS:
                 headers = list(message.get("headers", ()))
-                headers += ending.answered(message["status"], headers)
+                headers += ending.answered(message.get("status", _HEADS[kind]), headers)
                 message = {**message, "headers": headers}
-            elif kind == "http.response.body":
+                ending.began = ending.began or kind == "websocket.accept"
+            elif kind in _BODIES:
                 ending.feed(message.get("body", b""))
                 if not message.get("more_body", False):
-                    ending.over(ended=True)
+                    ending.ended()
                     await call.settled()  # whoever has the answer may look
-            elif kind == "websocket.accept":
+            elif kind == "websocket.close":
+                ending.answered(_REFUSED, [])  # unless it was accepted before
                 ending.began = True
-            await send(message)
+            try:
+                await send(message)
+            except OSError:  # what servers raise once the caller has hung up
+                ending.leave()
+                raise
 
         try:
             await self._app({**scope, CALL: call}, watched, passed)
         except asyncio.CancelledError:
-            ending.left = True
+            ending.leave()
             raise
         finally:
-            ending.over(ended=False)
+            ending.over()
             await call.settled()
 
 
@@ -130,11 +149,12 @@ class _Again:
         return {"type": "http.request", "body": body, "more_body": False}
 
 
-async def _body(receive: Receive, max_bytes: int) -> bytes | None:
-    """Return the whole body of a request; None if the caller hung up before it had sent it.
+async def _body(receive: Receive, max_bytes: int) -> bytes:
+    """Return the whole body of a request.
 
     Raises:
         BodyTooLarge: It is larger than ``max_bytes``.
+        CallerGone: The caller hung up before it had sent it.
     """
     pieces = []
     size = 0
@@ -142,7 +162,7 @@ async def _body(receive: Receive, max_bytes: int) -> bytes | None:
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return None
+            raise CallerGone
         pieces.append(message.get("body", b""))
         size += len(pieces[-1])
         if size > max_bytes:
@@ -158,5 +178,6 @@ async def _answer(scope: Scope, send: Send, answer: Answer) -> None:
         if "websocket.http.response" not in scope.get("extensions", {}):
             return await send({"type": "websocket.close", "code": _TRY_AGAIN_LATER})
         kind = "websocket.http.response"
+    body = b"" if scope.get("method") == "HEAD" else answer.body
     await send({"type": f"{kind}.start", "status": answer.status, "headers": fields_of(answer)})
-    return await send({"type": f"{kind}.body", "body": answer.body})
+    return await send({"type": f"{kind}.body", "body": body})

@@ -100,7 +100,7 @@ class Asking:
     """
 
     def __init__(self, limiter: Limiter, cost: Cost) -> None:
-        if isinstance(cost, int):
+        if not callable(cost) and not isinstance(cost, FromBody):
             check_tokens("cost", cost)
         self._limiter = limiter
         self._cost = cost

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 from tokenguard import refusal
-from tokenguard.errors import BackendDown, TableBusy, TokenGuardError
+from tokenguard.errors import AlreadySettled, BackendDown, TableBusy, TokenGuardError
 from tokenguard.library.call import Call
 from tokenguard.model import Answer, Headers
 from tokenguard.providers.openai import EventStream, JsonAnswer
@@ -22,55 +23,78 @@ class Ending:
         reads_usage: Whether the answer's usage counts.
 
     Attributes:
-        call: Likewise.
-        began: Whether an answer has begun.
-        left: Whether the caller has hung up.
+        began: Whether something has been passed on that no other answer can take the place of. A head has not: a
+            server keeps it until there is more.
     """
 
     def __init__(self, call: Call, *, reads_usage: bool) -> None:
-        self.call = call
         self.began = False
-        self.left = False
+        self._call = call
         self._reads_usage = reads_usage
         self._reader: JsonAnswer | EventStream | None = None
-        self._failed = False
+        self._status = 0
+        self._ended = False
+        self._left = False
 
     def answered(self, status: int, headers: Headers) -> Headers:
-        """Take in the head of the app's answer; return the fields to add to it."""
-        self.began = True
-        self._failed = status >= 500
+        """Take in the head of the app's answer, or another in its place; return the fields to add to it."""
+        if self.began:
+            return []  # it comes too late, which the server will say
+        self._status = status
         found = {name.lower(): value for name, value in headers}
-        if self._reads_usage and found.get(b"content-encoding", b"") in _PLAIN:
-            events = found.get(b"content-type", b"").startswith(b"text/event-stream")
-            self._reader = EventStream(swallow_usage=False) if events else JsonAnswer()
+        self._reader = self._reader_of(found) if self._reads_usage else None
         if any(name.startswith(b"x-ratelimit-") for name in found):
             return []  # the app tells of limits of its own
-        return self.call.limit_headers()
+        return self._call.limit_headers()
 
-    def feed(self, chunk: bytes) -> None:
+    @staticmethod
+    def _reader_of(fields: dict[bytes, bytes]) -> JsonAnswer | EventStream | None:
+        kind = fields.get(b"content-type", b"").lower()
+        if fields.get(b"content-encoding", b"").lower() not in _PLAIN:
+            return None
+        if kind.startswith(b"text/event-stream"):
+            return EventStream(swallow_usage=False)
+        return JsonAnswer() if b"json" in kind else None
+
+    def feed(self, chunk: bytes | bytearray | memoryview) -> None:
         """Take in a piece of the answer's body."""
-        if self._reader is not None and chunk:
-            self._reader.feed(chunk)
+        if chunk:
+            if self._reader is not None:
+                self._reader.feed(bytes(chunk))
+            self.began = True
 
-    def over(self, *, ended: bool) -> None:
-        """Settle what is not settled. A request that the app failed, and its caller waited for, costs no tokens.
+    def leave(self) -> None:
+        """Take in that the caller has hung up: what the app fails from now on is paid for."""
+        self._left = self._left or self._status < 500
 
-        Args:
-            ended: Whether the answer has come to its end.
+    def ended(self) -> None:
+        """Take in that the answer has come to its end; settle what is known by now.
+
+        Else what was reserved is spent anyway, and the app may settle it until it is over.
         """
-        if not self.call.is_open:
+        self._ended = True
+        self._settle(for_good=False)
+
+    def over(self) -> None:
+        """Settle what is not settled. What the app failed costs no tokens, if its caller waited for it."""
+        self._settle(for_good=True)
+
+    def _settle(self, *, for_good: bool) -> None:
+        if not self._call.is_open:
             return
-        try:
-            if not self.left and (self._failed or not self.began):
-                self.call.refund()
-                return
-            usage = None if self._reader is None else self._reader.final_usage(ended)
-            if usage is not None:
-                self.call.settle(usage.total)
-                return
-        except TableBusy as error:
-            _log.warning("%s: what was reserved stays spent", error)
-        self.call.keep()
+        failed = self._status >= 500 or not (self._status and (self.began or self._ended))
+        usage = None if self._reader is None else self._reader.final_usage(self._ended)
+        with suppress(AlreadySettled):  # by the app, in another thread
+            try:
+                if failed and not self._left:
+                    self._call.refund()
+                elif usage is not None:
+                    self._call.settle(usage.total)
+                elif for_good:
+                    self._call.keep()
+            except TableBusy as error:
+                _log.warning("%s: what was reserved stays spent", error)
+                self._call.keep()
 
 
 def error_answer(error: TokenGuardError) -> Answer:

@@ -21,11 +21,15 @@ Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
 App = Callable[[Environ, StartResponse], Iterable[bytes]]
 
+_CONTENT = {"CONTENT_TYPE": b"content-type", "CONTENT_LENGTH": b"content-length"}
+"""The header fields that an environment has under names of their own."""
+
 
 class WSGIGuard:
     """Lets a request through to a WSGI app if every budget on its path has room for it.
 
-    What ``ASGIGuard`` says holds here too; the app finds the request's ``Call`` in its environment.
+    What ``ASGIGuard`` says holds here too; the app finds the request's ``Call`` in its environment, and may settle
+    it until it has returned a list, or its body is closed.
 
     Args:
         app: The app.
@@ -48,27 +52,22 @@ class WSGIGuard:
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answer one request."""
-        path = (environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).encode("latin-1")
-        request = Request(
-            environ["REQUEST_METHOD"],
-            path.decode("utf-8", "replace"),
-            str(environ.get("REMOTE_ADDR", "")),
-            environ,
-            headers_of(environ),
-        )
+        request = _request(environ)
         try:
             who = self._identify(request)
-            if who is None:
-                return self._app(environ, start_response)
-            if self._asking.body is not None:
-                request.body = _body(environ, self._asking.body.max_bytes)
-            call = self._limiter.try_reserve(**self._asking.reservation(who, request))
+            if who is not None:
+                if self._asking.body is not None:
+                    request.body = _body(environ, self._asking.body.max_bytes)
+                call = self._limiter.try_reserve(**self._asking.reservation(who, request))
         except TokenGuardError as error:
-            return _answer(start_response, error_answer(error))
+            return _answer(environ, start_response, error_answer(error))
         except CallerGone:
-            return _answer(start_response, Answer(HTTPStatus.BAD_REQUEST, [], b""))  # nobody hears it
+            return _answer(environ, start_response, Answer(HTTPStatus.BAD_REQUEST, [], b""))  # nobody hears it
+        if who is None:
+            return self._app(environ, start_response)
         if isinstance(call, Decision):
-            return _answer(start_response, refusal.refuse(call, random.random()))  # noqa: S311 - no secret
+            answer = refusal.refuse(call, random.random())  # noqa: S311 - no secret
+            return _answer(environ, start_response, answer)
         return self._guarded(call, environ, start_response)
 
     def _guarded(self, call: Call, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
@@ -78,20 +77,28 @@ class WSGIGuard:
             fields = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers]
             own = ending.answered(int(status[:3]), fields)
             headers = [*headers, *((name.decode(), value.decode()) for name, value in own)]
-            return start_response(status, headers, *([exc_info] if exc_info else []))
+            write = start_response(status, headers, *([exc_info] if exc_info else []))
+
+            def written(chunk: bytes) -> None:
+                ending.feed(chunk)
+                write(chunk)
+
+            return written
 
         environ[CALL] = call
         try:
             body = self._app(environ, started)
+            if isinstance(body, list | tuple):
+                for chunk in body:
+                    ending.feed(chunk)
+            elif type(body) is not environ.get("wsgi.file_wrapper"):
+                return _Body(body, ending)
+            ending.ended()
         except BaseException:
-            ending.over(ended=False)
+            ending.over()
             raise
-        if isinstance(body, list | tuple) and ending.began:
-            for chunk in body:
-                ending.feed(chunk)
-            ending.over(ended=True)
-            return body  # as it is: of one piece, servers tell the length
-        return _Body(body, ending)
+        ending.over()
+        return body  # as it is: servers tell the length of what is of one piece, and send files by themselves
 
 
 class _Body:
@@ -110,13 +117,13 @@ class _Body:
             if self._chunks is None:
                 self._chunks = iter(self._body)
             chunk = next(self._chunks)
+            self._ending.feed(chunk)
         except StopIteration:
-            self._ending.over(ended=True)
+            self._ending.ended()
             raise
         except BaseException:
-            self._ending.over(ended=False)
+            self._ending.over()
             raise
-        self._ending.feed(chunk)
         return chunk
 
     def close(self) -> None:
@@ -126,8 +133,20 @@ class _Body:
             if close is not None:
                 close()
         finally:
-            self._ending.left = True
-            self._ending.over(ended=False)
+            self._ending.leave()
+            self._ending.over()
+
+
+def _request(environ: Environ) -> Request:
+    path = (environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).encode("latin-1")
+    content = [(name, environ[key].encode("latin-1")) for key, name in _CONTENT.items() if environ.get(key)]
+    return Request(
+        environ["REQUEST_METHOD"],
+        path.decode("utf-8", "replace"),
+        str(environ.get("REMOTE_ADDR", "")),
+        environ,
+        headers_of(environ) + content,
+    )
 
 
 def _body(environ: Environ, max_bytes: int) -> bytes:
@@ -147,8 +166,8 @@ def _body(environ: Environ, max_bytes: int) -> bytes:
     return body
 
 
-def _answer(start_response: StartResponse, answer: Answer) -> list[bytes]:
+def _answer(environ: Environ, start_response: StartResponse, answer: Answer) -> list[bytes]:
     """Answer instead of the app."""
     headers = [(name.decode(), value.decode()) for name, value in fields_of(answer)]
     start_response(f"{answer.status} {HTTPStatus(answer.status).phrase}", headers)
-    return [answer.body]
+    return [b"" if environ["REQUEST_METHOD"] == "HEAD" else answer.body]
