@@ -2,15 +2,13 @@
 
 import re
 import shlex
-from itertools import pairwise
-from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.e2e.conftest import running
+from tests.e2e.pages import page, request
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = page("README.md")
 
 
 def curls():
@@ -22,22 +20,6 @@ def curls():
             words = shlex.split(found[1], comments=True)
             commands += [words] * (2 if line.startswith("$ for call in 1 2") else 1)
     return commands
-
-
-def request(words, url):
-    """Do what a curl command does."""
-    given = {"-H": [], "-d": [], "-X": []}
-    (address,) = (word for i, word in enumerate(words) if word.startswith("localhost:8000") and i > 0)
-    for option, value in pairwise(words):
-        if option in given:
-            given[option].append(value)
-    headers = dict(header.split(": ") for header in given["-H"])
-    if given["-d"]:
-        headers["content-type"] = "application/x-www-form-urlencoded"
-    method = (given["-X"] or ["POST" if given["-d"] else "GET"])[0]
-    return httpx.request(
-        method, address.replace("localhost:8000", url), headers=headers, content="".join(given["-d"]), timeout=10
-    )
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,8 @@ class Limiter:
 
         Args:
             user: Who calls: 1 to 256 bytes of UTF-8, like all names.
-            tokens: What the call is expected to take, 0 to 10^12. A bucket is asked for no more than it can hold.
+            tokens: What the call is expected to take, 0 to 10^12. A bucket that cannot hold so much is asked for
+                all that it can hold, and the rest becomes debt; more than twice of that can never pass.
             team: The user's team, if any.
             role: Likewise.
             rolegroup: Likewise.
@@ -163,7 +164,13 @@ class Limiter:
         model: str = "",
         wait: float = 0.0,
     ) -> Call | Decision:
-        """Do what ``try_reserve`` does, without holding up the event loop; cancelled, it takes nothing."""
+        """Do what ``try_reserve`` does, without holding up the event loop; cancelled, it takes nothing.
+
+        Takes what ``reserve`` takes, and raises what ``try_reserve`` does.
+
+        Returns:
+            Likewise.
+        """
         call = self.reserve(
             user=user, tokens=tokens, team=team, role=role, rolegroup=rolegroup, model=model, wait=wait
         )
@@ -179,6 +186,8 @@ class Limiter:
         model: str = "",
     ) -> tuple[BucketState, ...]:
         """Return every bucket on a call's path as it is now, from ``global`` down to the user's; change nothing.
+
+        Takes what ``reserve`` takes to say who calls which model.
 
         Raises:
             InvalidValue: An argument is out of bounds.
@@ -280,7 +289,10 @@ class Limiter:
         rolegroup: str | None = None,
         **options: Any,  # noqa: ANN401 - its own
     ) -> httpx.AsyncClient:
-        """Return the same for ``AsyncOpenAI(http_client=…)``: an ``httpx.AsyncClient``."""
+        """Return the same for ``AsyncOpenAI(http_client=…)``: an ``httpx.AsyncClient``.
+
+        Takes what ``httpx_client`` takes, and raises what that does.
+        """
         from tokenguard.library.clients import AsyncGuardedClient  # whoever has no use for it need not load it
 
         return AsyncGuardedClient(self._guards_of_clients(), _fields(user, team, role, rolegroup), **options)
@@ -296,7 +308,10 @@ class Limiter:
     ) -> httpx2.Client:
         """Return the same as an ``httpx2.Client``, which openai's SDK is built upon from its version 3 on.
 
+        Takes what ``httpx_client`` takes.
+
         Raises:
+            InvalidValue: A name is out of bounds.
             ModuleNotFoundError: httpx2 is not installed; it comes with that SDK.
         """
         from tokenguard.library.clients2 import GuardedClient  # whoever has no use for it need not load it
@@ -312,7 +327,10 @@ class Limiter:
         rolegroup: str | None = None,
         **options: Any,  # noqa: ANN401 - its own
     ) -> httpx2.AsyncClient:
-        """Return the same for ``AsyncOpenAI(http_client=…)``: an ``httpx2.AsyncClient``."""
+        """Return the same for ``AsyncOpenAI(http_client=…)``: an ``httpx2.AsyncClient``.
+
+        Takes what ``httpx_client`` takes, and raises what ``httpx2_client`` does.
+        """
         from tokenguard.library.clients2 import AsyncGuardedClient  # whoever has no use for it need not load it
 
         return AsyncGuardedClient(self._guards_of_clients(), _fields(user, team, role, rolegroup), **options)

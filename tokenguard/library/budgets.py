@@ -90,6 +90,12 @@ class Budgets:
     ) -> BudgetState:
         """Return the budget that holds for a scope, set or default, with its level.
 
+        Args:
+            scope: ``global``, ``team``, ``rolegroup``, ``role`` or ``user``.
+            id: Whose, of that kind; left out for ``global``.
+            meter: ``tokens`` or ``requests``.
+            model: Of which model's calls; all models by default.
+
         Raises:
             BudgetNotFound: There is none: it is unlimited.
             InvalidValue: It cannot be the name of one.
@@ -113,6 +119,8 @@ class Budgets:
         model: str | None = None,
     ) -> BudgetState | None:
         """Remove a budget that was set; return the default that holds in its stead, or None if there is none.
+
+        Takes what ``get`` takes.
 
         Raises:
             BudgetNotFound: None was set.

@@ -59,10 +59,13 @@ IdentifySoon = Callable[[Request], Who | Awaitable[Who]]
 
 
 def by_headers(request: Request) -> Identity:
-    """Return who a request is of by ``x-user-id``, ``x-team-id``, ``x-role`` and ``x-llm-rolegroup``.
+    """Return who a request says it is of: ``x-user-id``, ``x-team-id``, ``x-role`` and ``x-llm-rolegroup``.
+
+    Args:
+        request: The request.
 
     Raises:
-        InvalidRequest: The user is missing, or a field is malformed or given twice.
+        InvalidValue: The user is missing, or a field is malformed or given twice.
     """
     if "wsgi.input" in request.scope:
         check_identity(request.fields)
