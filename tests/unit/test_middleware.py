@@ -831,7 +831,7 @@ class Wrapped:
 
 def put_behind(limiter, backend):
     """Have a limiter ask another backend; return it."""
-    limiter._desk = Desk(Decider(backend, Plans(backend, limiter._engine.config.defaults)))
+    limiter._desk = Desk(Decider(backend, Plans(backend, limiter._engine.config.defaults)), backend.close)
     return backend
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from tokenguard._heads import IDENTITY_HEADERS
@@ -14,13 +15,37 @@ class CallerGone(Exception):
     """The caller hung up while we were waiting, for the rest of its request or for the provider."""
 
 
+_IDENTITY = {f"HTTP_{name.decode().upper().replace('-', '_')}": name for name in IDENTITY_HEADERS}
+_CONTENT = {"CONTENT_TYPE": b"content-type", "CONTENT_LENGTH": b"content-length"}
+"""The header fields that an environment has under names of their own."""
+
+
 def headers_of(environ: Mapping[str, Any]) -> Headers:
     """Return the header fields of a request, but the content's type and length."""
-    return [
-        (name[5:].replace("_", "-").lower().encode("latin-1"), value.encode("latin-1"))
-        for name, value in environ.items()
-        if name.startswith("HTTP_")
-    ]
+    return [(_name(name), value.encode("latin-1")) for name, value in environ.items() if name.startswith("HTTP_")]
+
+
+def fields_of(environ: Mapping[str, Any]) -> Headers:
+    """Return all header fields of a request."""
+    content = [(name, environ[key].encode("latin-1")) for key, name in _CONTENT.items() if environ.get(key)]
+    return headers_of(environ) + content
+
+
+def identity_fields_of(environ: Mapping[str, Any]) -> Headers:
+    """Return the header fields that say who calls.
+
+    Raises:
+        InvalidRequest: They cannot be told.
+    """
+    fields = [(name, environ[key].encode("latin-1")) for key, name in _IDENTITY.items() if key in environ]
+    check_identity(fields)
+    return fields
+
+
+@lru_cache(1024)
+def _name(name: str) -> bytes:
+    """Return a field's name; PERF: remembered, for a request has the names of the one before."""
+    return name[5:].replace("_", "-").lower().encode("latin-1")
 
 
 def check_identity(headers: Headers) -> None:

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypedDict, TypeVar
 from urllib.parse import unquote
 
 from tokenguard._heads import IDENTITY_HEADERS
@@ -34,6 +34,20 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Ask(TypedDict):
+    """What to reserve for a call: arguments of ``Limiter.reserve``.
+
+    Attributes:
+        tokens: What it is expected to take.
+        prompt: How many of these are the prompt's.
+        model: Which model is called.
+    """
+
+    tokens: int
+    prompt: int
+    model: str
 
 
 class Limiter:
@@ -102,6 +116,7 @@ class Limiter:
         role: str | None = None,
         rolegroup: str | None = None,
         model: str = "",
+        prompt: int | None = None,
         wait: float = 0.0,
     ) -> Call:
         """Guard a block: ``with limiter.reserve(user="alice", tokens=1200) as call: ...``, or ``async with``.
@@ -116,6 +131,8 @@ class Limiter:
             role: Likewise.
             rolegroup: Likewise.
             model: Which model is called, for budgets of models.
+            prompt: How many of the tokens are the prompt's; all of them by default. For the others, a bucket is
+                asked for no more than half of what it can hold, so that a guess at an answer keeps nobody out.
             wait: How many seconds to wait for the budget at most. Whoever comes first is served first, among those
                 who wait in this process; a call that does not wait takes what is there.
 
@@ -126,9 +143,28 @@ class Limiter:
         Raises:
             InvalidValue: An argument is out of bounds.
         """
+        return self.reserve_for(
+            _identity_of(user, team, role, rolegroup), tokens=tokens, model=model, prompt=prompt, wait=wait
+        )
+
+    def reserve_for(
+        self, who: Identity, *, tokens: int, model: str = "", prompt: int | None = None, wait: float = 0.0
+    ) -> Call:
+        """Do what ``reserve`` does, of an identity.
+
+        Args:
+            who: Who calls.
+            tokens: As for ``reserve``, and so is what follows.
+            model: Likewise.
+            prompt: Likewise.
+            wait: Likewise.
+
+        Raises:
+            InvalidValue: An argument is out of bounds.
+        """
         if not self._is_open:
             self._open()
-        return Call(self._desk, _identity_of(user, team, role, rolegroup), model, tokens, wait)
+        return Call(self._desk, _identity_of(*who), model, prompt, tokens, wait)
 
     def try_reserve(
         self,
@@ -139,6 +175,7 @@ class Limiter:
         role: str | None = None,
         rolegroup: str | None = None,
         model: str = "",
+        prompt: int | None = None,
         wait: float = 0.0,
     ) -> Call | Decision:
         """Reserve at once, and return the refusal rather than raise it.
@@ -148,9 +185,8 @@ class Limiter:
         Returns:
             The call, which is to be settled, refunded or kept, be it by ``with``; or the decision that refused it.
         """
-        call = self.reserve(
-            user=user, tokens=tokens, team=team, role=role, rolegroup=rolegroup, model=model, wait=wait
-        )
+        who = _identity_of(user, team, role, rolegroup)
+        call = self.reserve_for(who, tokens=tokens, model=model, prompt=prompt, wait=wait)
         return call.attempt()
 
     async def try_reserve_async(
@@ -162,6 +198,7 @@ class Limiter:
         role: str | None = None,
         rolegroup: str | None = None,
         model: str = "",
+        prompt: int | None = None,
         wait: float = 0.0,
     ) -> Call | Decision:
         """Do what ``try_reserve`` does, without holding up the event loop; cancelled, it takes nothing.
@@ -171,9 +208,8 @@ class Limiter:
         Returns:
             Likewise.
         """
-        call = self.reserve(
-            user=user, tokens=tokens, team=team, role=role, rolegroup=rolegroup, model=model, wait=wait
-        )
+        who = _identity_of(user, team, role, rolegroup)
+        call = self.reserve_for(who, tokens=tokens, model=model, prompt=prompt, wait=wait)
         return await call.attempt_soon()
 
     def peek(
@@ -200,8 +236,10 @@ class Limiter:
 
     def estimate(
         self, request: bytes | str | Mapping[str, Any], *, user: str = "", team: str | None = None
-    ) -> int:
-        """Return how many tokens a chat completion is expected to take, as the proxy estimates it.
+    ) -> Ask:
+        """Return what to reserve for a chat completion, as the proxy estimates it.
+
+        That is ``tokens``, ``prompt`` and ``model``, for ``limiter.reserve(user="alice", **limiter.estimate(…))``.
 
         Args:
             request: What is asked of the provider: a body, or what it is made of. Without ``max_tokens`` the
@@ -214,7 +252,8 @@ class Limiter:
         """
         body = request if isinstance(request, bytes | str) else json.dumps(request)
         raw = body.encode() if isinstance(body, str) else body
-        return self._guards_of_clients().estimate(raw, team, user)
+        model, estimate = self._guards_of_clients().estimate(raw, team, user)
+        return {"tokens": estimate.total, "prompt": estimate.prompt, "model": model}
 
     def guard(
         self,

@@ -13,8 +13,8 @@ cdef class Desk:
     cdef object __weakref__
 
     cpdef check_open(self)
-    cpdef take(self, who, model, tokens, double wait_s)
-    cdef _reserve(self, who, model, tokens)
+    cpdef take(self, who, model, prompt, tokens, double wait_s)
+    cdef _reserve(self, who, model, prompt, tokens)
     cpdef given_back(self, Reservation reservation)
 
 
@@ -25,6 +25,7 @@ cdef class Call:
     cdef Desk _desk
     cdef object _who
     cdef object _model
+    cdef object _prompt
     cdef double _wait_s
     cdef Reservation _reservation
     cdef object _settling

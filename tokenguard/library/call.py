@@ -91,10 +91,10 @@ class Desk:
         if self.is_closed:
             raise RuntimeError("the limiter is closed")
 
-    def take(self, who: Identity, model: str, tokens: int, wait_s: float) -> Reservation | Decision:
+    def take(self, who: Identity, model: str, prompt: int, tokens: int, wait_s: float) -> Reservation | Decision:
         """Reserve, and wait for it if need be; return the last refusal if that was in vain."""
         if not wait_s:
-            return self._reserve(who, model, tokens)
+            return self._reserve(who, model, prompt, tokens)
         told = threading.Event()
         with self._turn(who, model, wait_s, told.set) as turn:
             while (pause_s := turn.pause_s(monotonic())) >= 0:
@@ -102,15 +102,17 @@ class Desk:
                     told.wait(min(pause_s, LONGEST_SLEEP_S))
                     told.clear()
                 else:
-                    taken = self._reserve(who, model, tokens)
+                    taken = self._reserve(who, model, prompt, tokens)
                     if isinstance(taken, Reservation) or not turn.refused(taken, monotonic()):
                         return taken
-            return turn.in_vain(self.limiter.look(who, model, tokens, tokens), monotonic())
+            return turn.in_vain(self.limiter.look(who, model, prompt, tokens), monotonic())
 
-    async def take_soon(self, who: Identity, model: str, tokens: int, wait_s: float) -> Reservation | Decision:
+    async def take_soon(
+        self, who: Identity, model: str, prompt: int, tokens: int, wait_s: float
+    ) -> Reservation | Decision:
         """Do what ``take`` does, without holding up an event loop; if it is cancelled, nothing is taken."""
         if not wait_s:
-            return await self._reserve_soon(who, model, tokens)
+            return await self._reserve_soon(who, model, prompt, tokens)
         told, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def tell() -> None:
@@ -122,24 +124,24 @@ class Desk:
                 if pause_s:
                     await _sleep(told, min(pause_s, LONGEST_SLEEP_S))
                 else:
-                    taken = await self._reserve_soon(who, model, tokens)
+                    taken = await self._reserve_soon(who, model, prompt, tokens)
                     if isinstance(taken, Reservation) or not turn.refused(taken, monotonic()):
                         return taken
             if self.limiter.waits:
-                seen = await asyncio.to_thread(self.limiter.look, who, model, tokens, tokens)
+                seen = await asyncio.to_thread(self.limiter.look, who, model, prompt, tokens)
             else:
-                seen = self.limiter.look(who, model, tokens, tokens)
+                seen = self.limiter.look(who, model, prompt, tokens)
             return turn.in_vain(seen, monotonic())
 
-    def _reserve(self, who: Identity, model: str, tokens: int) -> Reservation | Decision:
+    def _reserve(self, who: Identity, model: str, prompt: int, tokens: int) -> Reservation | Decision:
         self.check_open()
-        return self.limiter.reserve(who, model, tokens, tokens)
+        return self.limiter.reserve(who, model, prompt, tokens)
 
-    async def _reserve_soon(self, who: Identity, model: str, tokens: int) -> Reservation | Decision:
+    async def _reserve_soon(self, who: Identity, model: str, prompt: int, tokens: int) -> Reservation | Decision:
         if not self.limiter.waits:
-            return self._reserve(who, model, tokens)
+            return self._reserve(who, model, prompt, tokens)
         self.check_open()
-        return await self.limiter.reserve_soon(who, model, tokens, tokens)
+        return await self.limiter.reserve_soon(who, model, prompt, tokens)
 
     def _turn(
         self,
@@ -185,10 +187,17 @@ class Call:
         tokens: The estimate, in tokens.
     """
 
-    def __init__(self, desk: Desk, who: Identity, model: str, tokens: int, wait: float) -> None:
+    def __init__(
+        self, desk: Desk, who: Identity, model: str, prompt: int | None, tokens: int, wait: float
+    ) -> None:
         check_tokens("tokens", tokens)
+        if prompt is not None:
+            check_tokens("prompt", prompt)
+            if prompt > tokens:
+                raise InvalidValue("prompt", f"prompt must be at most tokens, {tokens}, got {prompt}")
         check_model(model)
         self.tokens = tokens
+        self._prompt = tokens if prompt is None else prompt
         self._desk = desk
         self._who = who
         self._model = model
@@ -274,13 +283,15 @@ class Call:
 
     def attempt(self) -> Self | Decision:
         """Reserve; return the call, or the decision that refused it."""
-        return self._begun(self._desk.take(self._who, self._model, self.tokens, self._wait_s))
+        return self._begun(self._desk.take(self._who, self._model, self._prompt, self.tokens, self._wait_s))
 
     async def attempt_soon(self) -> Self | Decision:
         """Do so without holding up an event loop."""
-        begun = self._begun(await self._desk.take_soon(self._who, self._model, self.tokens, self._wait_s))
+        desk = self._desk
         self._soon = True
-        return begun
+        if not self._wait_s and not desk.limiter.waits:
+            return self.attempt()  # PERF: two coroutines take as long as to reserve; row "library, async with"
+        return self._begun(await desk.take_soon(self._who, self._model, self._prompt, self.tokens, self._wait_s))
 
     def _begun(self, taken: Reservation | Decision) -> Self | Decision:
         if isinstance(taken, Decision):
@@ -315,7 +326,8 @@ class Call:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._end(kind is not None)
-        await self.settled()
+        if self._settling is not None:
+            await self.settled()
 
     def __del__(self) -> None:
         self._end(False)
@@ -326,7 +338,7 @@ class Call:
             return
         if failed and not self._spent:
             try:
-                self.refund()
+                self._settle(taken, 0)
             except TableBusy as busy:
                 _log.warning("%s: %d tokens that were reserved for %s stay spent", busy, self.tokens, self._who)
             return

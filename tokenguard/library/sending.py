@@ -20,6 +20,7 @@ from tokenguard._heads import IDENTITY_HEADERS, REQUEST_ID
 from tokenguard.api.call import Call, CallSoon, answer_to
 from tokenguard.engine import Engine
 from tokenguard.errors import TokenGuardError, UpstreamError
+from tokenguard.estimate import Estimate
 from tokenguard.model import Answer, Headers, UpstreamRequest
 from tokenguard.providers.openai import CHAT_PATH, read_chat
 from tokenguard.upstream.httpx_hop import mapped, mapped_to_open
@@ -47,13 +48,14 @@ class Guards:
         if self._house.provider_limits is not None:
             self._house.provider_limits.start()
 
-    def estimate(self, body: bytes, team: str | None, user: str) -> int:
-        """Return how many tokens a request is expected to take.
+    def estimate(self, body: bytes, team: str | None, user: str) -> tuple[str, Estimate]:
+        """Return which model a request asks, and what it is expected to take.
 
         Raises:
             InvalidRequest: The body is none.
         """
-        return self._house.terms.estimate(read_chat(body), team, user).total
+        request = read_chat(body)
+        return request.model, self._house.terms.estimate(request, team, user)
 
     def close(self) -> None:
         """End what goes on beside the calls."""

@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from tokenguard._heads import read_identity
-from tokenguard.api.environ import check_identity
+from tokenguard.api.environ import fields_of, identity_fields_of
 from tokenguard.errors import InvalidValue
 from tokenguard.library import Limiter
-from tokenguard.library.call import check_tokens
+from tokenguard.library.call import Call, check_tokens
 from tokenguard.model import Headers, Identity
 from tokenguard.sizing import TOKEN, weigh
 
@@ -30,7 +30,6 @@ class Request:
         path: The path, decoded.
         peer: The address of whoever is at the other end of the connection; empty if that is not known.
         scope: The ASGI scope, or the WSGI environment.
-        fields: The header fields, in the order they came, with their names in lower case.
         body: The body, where ``cost`` is a ``FromBody``; else empty.
     """
 
@@ -38,8 +37,12 @@ class Request:
     path: str
     peer: str
     scope: Mapping[str, Any]
-    fields: Headers = field(repr=False)
     body: bytes = field(default=b"", repr=False)
+
+    @cached_property
+    def fields(self) -> Headers:
+        """The header fields, in the order they came, with their names in lower case."""
+        return fields_of(self.scope) if "wsgi.input" in self.scope else list(self.scope["headers"])
 
     @cached_property
     def headers(self) -> dict[str, str]:
@@ -67,9 +70,8 @@ def by_headers(request: Request) -> Identity:
     Raises:
         InvalidValue: The user is missing, or a field is malformed or given twice.
     """
-    if "wsgi.input" in request.scope:
-        check_identity(request.fields)
-    return read_identity(request.fields)
+    scope = request.scope
+    return read_identity(identity_fields_of(scope) if "wsgi.input" in scope else scope["headers"])
 
 
 class FromBody:
@@ -80,7 +82,8 @@ class FromBody:
 
     Args:
         estimate: Returns the tokens that a request is expected to take, by its ``body``. By default that is, of a
-            chat completion's, what the proxy estimates; of any other, what the text comes to.
+            chat completion's, what the proxy estimates, and budgets of its model bind too; of any other, what the
+            text comes to.
         max_bytes: A longer body is refused with 413. It is held in memory until the app has read it.
     """
 
@@ -109,24 +112,27 @@ class Asking:
         self._cost = cost
         self.body = cost if isinstance(cost, FromBody) else None
 
-    def reservation(self, who: Identity | str, request: Request) -> dict[str, Any]:
-        """Return the arguments of ``Limiter.try_reserve``.
+    def call(self, who: Identity | str, request: Request) -> Call:
+        """Return the request's call, of which nothing is reserved yet.
 
         Raises:
-            InvalidValue: The cost is no number of tokens.
+            InvalidValue: The cost is no number of tokens, or the identity none that can be.
+            TypeError: ``identify`` returned something else than who it is.
         """
         identity = Identity(who) if isinstance(who, str) else who
-        return {**identity._asdict(), "tokens": self._tokens(identity, request)}
+        if not isinstance(identity, Identity):
+            raise TypeError(f"identify must return an Identity, the id of a user, or None, got {who!r}")
+        return self._limiter.reserve_for(identity, **self._ask(identity, request))
 
-    def _tokens(self, who: Identity, request: Request) -> int:
+    def _ask(self, who: Identity, request: Request) -> dict[str, Any]:
         cost = self._cost
         if isinstance(cost, int):
-            return cost
+            return {"tokens": cost}
         if not isinstance(cost, FromBody):
-            return cost(request)
+            return {"tokens": cost(request)}
         if cost.estimate is not None:
-            return cost.estimate(request)
+            return {"tokens": cost.estimate(request)}
         try:
-            return self._limiter.estimate(request.body, user=who.user, team=who.team)
+            return {**self._limiter.estimate(request.body, user=who.user, team=who.team)}
         except InvalidValue:
-            return -(-weigh(request.body) // TOKEN)
+            return {"tokens": -(-weigh(request.body) // TOKEN)}

@@ -43,8 +43,9 @@ class Ending:
         self._status = status
         found = {name.lower(): value for name, value in headers}
         self._reader = self._reader_of(found) if self._reads_usage else None
-        if any(name.startswith(b"x-ratelimit-") for name in found):
-            return []  # the app tells of limits of its own
+        for name in found:
+            if name.startswith(b"x-ratelimit-"):
+                return []  # the app tells of limits of its own
         return self._call.limit_headers()
 
     @staticmethod

@@ -9,7 +9,7 @@ from io import BytesIO
 from typing import Any
 
 from tokenguard import refusal
-from tokenguard.api.environ import CallerGone, headers_of, read_body
+from tokenguard.api.environ import CallerGone, read_body
 from tokenguard.errors import InvalidRequest, TokenGuardError
 from tokenguard.library import Limiter
 from tokenguard.library.call import Call
@@ -20,9 +20,6 @@ from tokenguard.model import Answer, Decision
 Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
 App = Callable[[Environ, StartResponse], Iterable[bytes]]
-
-_CONTENT = {"CONTENT_TYPE": b"content-type", "CONTENT_LENGTH": b"content-length"}
-"""The header fields that an environment has under names of their own."""
 
 
 class WSGIGuard:
@@ -46,7 +43,6 @@ class WSGIGuard:
 
     def __init__(self, app: App, limiter: Limiter, identify: Identify = by_headers, cost: Cost = 1) -> None:
         self._app = app
-        self._limiter = limiter
         self._identify = identify
         self._asking = Asking(limiter, cost)
 
@@ -58,7 +54,7 @@ class WSGIGuard:
             if who is not None:
                 if self._asking.body is not None:
                     request.body = _body(environ, self._asking.body.max_bytes)
-                call = self._limiter.try_reserve(**self._asking.reservation(who, request))
+                call = self._asking.call(who, request).attempt()
         except TokenGuardError as error:
             return _answer(environ, start_response, error_answer(error))
         except CallerGone:
@@ -139,13 +135,11 @@ class _Body:
 
 def _request(environ: Environ) -> Request:
     path = (environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")).encode("latin-1")
-    content = [(name, environ[key].encode("latin-1")) for key, name in _CONTENT.items() if environ.get(key)]
     return Request(
         environ["REQUEST_METHOD"],
         path.decode("utf-8", "replace"),
         str(environ.get("REMOTE_ADDR", "")),
         environ,
-        headers_of(environ) + content,
     )
 
 
