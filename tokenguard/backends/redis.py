@@ -7,7 +7,8 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from tokenguard._bucket import BucketTable, Outcome
@@ -58,6 +59,11 @@ class LoopThread:
             loop.close()
 
     @property
+    def is_this(self) -> bool:
+        """Whether it is the thread that asks."""
+        return self._thread is threading.current_thread()
+
+    @property
     def runs(self) -> bool:
         """Whether there is a thread."""
         return self._loop is not None
@@ -94,6 +100,7 @@ class RedisBackend:
     def _forget_lanes(self) -> None:
         """Begin without lanes, as a process must that was forked off: its threads and loops are not here."""
         self._lanes: dict[asyncio.AbstractEventLoop, Lane] = {}
+        self._lives: dict[asyncio.AbstractEventLoop, AsyncGenerator[None]] = {}
         self._thread = LoopThread()
         self._counting = threading.Lock()
         self._counted: dict[Lane | None, dict[str, int]] = {}
@@ -105,12 +112,22 @@ class RedisBackend:
         lane = self._lanes.get(loop)
         if lane is None:
             for ended in [known for known in self._lanes if known.is_closed()]:
-                del self._lanes[ended]
+                del self._lanes[ended], self._lives[ended]
             link = RedisLink(self._url, self._realm.epoch_key, self._timeout_s)
             lane = self._lanes[loop] = Lane(
                 link, self._realm, self._policy, self._watch, self._timeout_s, self._count
             )
+            life = self._lives[loop] = self._life()
+            with suppress(StopIteration):
+                anext(life).send(None)  # begins it, without waiting
         return lane
+
+    async def _life(self) -> AsyncGenerator[None]:
+        """Close the lane with its event loop, for whoever runs one ends its asynchronous generators first."""
+        try:
+            yield
+        finally:
+            await self._close_lane()
 
     # --- what it is and how it is -----------------------------------------------------------------------------
 
@@ -169,8 +186,10 @@ class RedisBackend:
             self._thread.stop()
 
     async def _close_lane(self) -> None:
-        lane = self._lanes.pop(asyncio.get_running_loop(), None)
+        loop = asyncio.get_running_loop()
+        lane = self._lanes.pop(loop, None)
         if lane is not None:
+            del self._lives[loop]
             await lane.close()
             self._count(lane)
             self._add(lane, {**self._counted[lane], **dict.fromkeys(_STATES, 0)})
@@ -238,6 +257,11 @@ class RedisBackend:
 
     def settle(self, handle: RedisHandle | OwnHandle, deltas: tuple[int, ...], now_us: int | None = None) -> int:
         """Do what ``settle_soon`` does, for a thread."""
+        if self._thread.is_this:
+            # NOTE: what nobody closed is settled where it is collected, and that may be in any thread: this one
+            # must not wait for itself.
+            self.settle_soon(handle, deltas, now_us)
+            return 0
 
         async def settle() -> int:
             return await self.settle_soon(handle, deltas, now_us)
