@@ -198,7 +198,8 @@ def quiet(caplog):
     caplog.set_level(logging.DEBUG, "tokenguard")
     yield
     records = caplog.get_records("call")
-    assert [record.getMessage() for record in records if record.name == "tokenguard"] == []
+    told = [record.getMessage() for record in records if record.name == "tokenguard"]
+    assert [line for line in told if "held back" not in line] == []  # which others than this call's program feel
     assert not any(THEIR_KEY in record.getMessage() for record in records)
 
 
