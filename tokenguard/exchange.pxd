@@ -22,8 +22,8 @@ cdef class Settlement:
     cdef readonly Reservation reservation
     cdef readonly Account account
     cdef readonly object tokens
+    cdef readonly object usage
     cdef Exchange _exchange
-    cdef object _usage
 
     @cython.locals(account=Account)
     cpdef settled(self, forgiven)

@@ -65,6 +65,7 @@ class Settlement:
         reservation: The reservation.
         account: The call's.
         tokens: What the call took; 0 gives everything back but the request; None leaves all of it spent.
+        usage: What the provider told of it, if it told all.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Settlement:
         self.account = exchange.account
         self.tokens = tokens
         self._exchange = exchange
-        self._usage = usage
+        self.usage = usage
 
     def settled(self, forgiven: int) -> None:
         """Enter into the account that the reservation has been settled at ``tokens``."""
@@ -82,10 +83,10 @@ class Settlement:
         account.forgiven = forgiven
         account.charged = tokens
         account.outcome = _SETTLED if tokens else _REFUNDED
-        if self._usage is not None:
+        if self.usage is not None:
             account.usage_told = True
-            account.prompt = self._usage.prompt
-            self._exchange.learn(self._usage)
+            account.prompt = self.usage.prompt
+            self._exchange.learn(self.usage)
 
     def keep(self) -> None:
         """Leave all of it spent, whatever else was meant to become of it."""
@@ -319,7 +320,10 @@ class Exchange:
         never_sent = isinstance(error, UpstreamError) and not error.sent
         settlement = self._settlement(False, never_sent)
         if settlement is not None and self.account.failure is None:
-            self.account.failure = "the caller went away" if error is None else str(error)
+            if error is not None:
+                self.account.failure = str(error)
+            elif settlement.usage is None:  # or the caller has all of it, and did not wait for the end's end
+                self.account.failure = "the caller went away"
         if error is None or self._reader is not None:
             return End(settlement)
         return End(settlement, answer=refusal.error_answer(error))

@@ -53,6 +53,7 @@ cdef class Call:
     cdef _settle(self, Settlement settlement)
     @cython.locals(tries_left=cython.int)
     cdef _settle_at(self, Settlement settlement, tokens)
+    cpdef _blame(self, what)
     cpdef _warn(self, what)
 
 

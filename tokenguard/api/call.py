@@ -116,7 +116,7 @@ class Call:
         if not self.exchange.refused_upstream:
             self.exchange.told = None  # it holds the whole head
         if status in _TELLING:
-            self._warn(f"the provider answered {status}: {_TELLING[status]}")
+            self._blame(f"the provider answered {status}: {_TELLING[status]}")
         return head
 
     def _heed(self, watch: ProviderLimits, now_s: float) -> None:
@@ -176,7 +176,7 @@ class Call:
         self._guard.metrics.upstream_failed()
         end = self.exchange.abort(error)
         self._settle(end.settlement)
-        self._warn(str(error) if end.answer else f"{error}; the caller's connection was closed")
+        self._blame(str(error) if end.answer else f"{error}; the caller's connection was closed")
         return end.answer
 
     def finish(self) -> bytes:
@@ -234,6 +234,10 @@ class Call:
                 settlement.settled(forgiven)
                 break
 
+    def _blame(self, what: str) -> None:
+        """Tell whoever looks after this process what the provider did."""
+        self._warn(what)
+
     def _warn(self, what: str) -> None:
         _log.warning("%s (request %s)", what, self.account.request_id)
 
@@ -252,7 +256,7 @@ class CallSoon(Call):
 
     def _settle(self, settlement: Settlement | None) -> None:
         """Carry out a settlement; it goes on by itself where that takes a while."""
-        if settlement is None or settlement.tokens is None or not self._guard.limiter.waits:
+        if settlement is None or settlement.tokens is None or not self._guard.limiter.waits or not _loop_runs():
             Call._settle(self, settlement)  # noqa: SLF001 - of its own base; compiled, super() finds no C
         else:
             self._settle_soon(settlement, settlement.tokens)
@@ -279,6 +283,15 @@ class CallSoon(Call):
             settled(self.settling)
         else:
             self.settling.add_done_callback(settled)
+
+
+def _loop_runs() -> bool:
+    """Return whether an event loop runs here: none does where what nobody closed is collected."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def answer_to(error: TokenGuardError, request_id: str) -> Answer:

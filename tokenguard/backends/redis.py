@@ -59,6 +59,11 @@ class LoopThread:
             loop.close()
 
     @property
+    def is_this(self) -> bool:
+        """Whether it is the thread that asks."""
+        return self._thread is threading.current_thread()
+
+    @property
     def runs(self) -> bool:
         """Whether there is a thread."""
         return self._loop is not None
@@ -263,6 +268,11 @@ class RedisBackend:
 
     def settle(self, handle: RedisHandle | OwnHandle, deltas: tuple[int, ...], now_us: int | None = None) -> int:
         """Do what ``settle_soon`` does, for a thread."""
+        if self._thread.is_this:
+            # NOTE: what nobody closed is settled where it is collected, and that may be in any thread: this one
+            # must not wait for itself.
+            self.settle_soon(handle, deltas, now_us)
+            return 0
 
         async def settle() -> int:
             return await self.settle_soon(handle, deltas, now_us)

@@ -12,24 +12,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import aclosing
+from datetime import timedelta
 from types import ModuleType
 from typing import Any, ClassVar
 
 from tokenguard import refusal
-from tokenguard._heads import IDENTITY_HEADERS, REQUEST_ID
+from tokenguard._heads import IDENTITY_HEADERS, NOT_TO_CALLER, REQUEST_ID
 from tokenguard.api.call import Call, CallSoon, answer_to
 from tokenguard.engine import Engine
 from tokenguard.errors import TokenGuardError, UpstreamError
 from tokenguard.estimate import Estimate
 from tokenguard.model import Answer, Headers, UpstreamRequest
 from tokenguard.providers.openai import CHAT_PATH, read_chat
-from tokenguard.upstream.httpx_hop import mapped, mapped_to_open
+from tokenguard.upstream import unusable, usable
+from tokenguard.upstream.httpx_hop import broken_off, unanswered
 from tokenguard.wiring import House
 
 _UNCHARGED = ("GET", "HEAD", "OPTIONS", "DELETE")
 """Methods that run no model, whatever they are used upon."""
 
-_ID = REQUEST_ID.decode()
+_NAMES = [name.decode() for name in IDENTITY_HEADERS]
+_OF_THE_BODY = ("content-length", "transfer-encoding")
+_THEIRS = frozenset((*NOT_TO_CALLER, REQUEST_ID))
+"""Fields of an answer that a caller of the proxy's does not get: here, they are between provider and program."""
 
 
 class Guards:
@@ -63,6 +69,21 @@ class Guards:
             self._house.provider_limits.stop()
 
 
+class _Told:
+    """What a call is, where its program is told of all that happens by what is returned and raised."""
+
+    def _blame(self, what: str) -> None:
+        """Log nothing."""
+
+
+class _Call(_Told, Call):
+    """A call of a program's."""
+
+
+class _CallSoon(_Told, CallSoon):
+    """A call of a program's, with an event loop."""
+
+
 class _Passage:
     """One request on its way through a client.
 
@@ -80,6 +101,7 @@ class _Passage:
         self._kin = kin
         self._call = call
         self._request = request
+        self._forwarded: Any = None
         own = [(name.lower(), value) for name, value in request.headers.raw]
         said = {name for name, _ in own if name in IDENTITY_HEADERS}
         self.headers: Headers = [*own, *((name, value) for name, value in who.items() if name not in said)]
@@ -88,48 +110,62 @@ class _Passage:
         """Return the request as it travels: without what says who calls, and so that its usage can be read."""
         request = self._request
         headers = request.headers.copy()
-        for name in (*IDENTITY_HEADERS, b"content-length"):
-            headers.pop(name.decode(), None)
+        for name in (*_NAMES, *_OF_THE_BODY):
+            headers.pop(name, None)
         headers["accept-encoding"] = "identity"
-        return self._kin.Request(
+        self._forwarded = self._kin.Request(
             request.method, request.url, headers=headers, content=forward.body, extensions=request.extensions
         )
+        return self._forwarded
+
+    def unanswered(self, error: Exception) -> None:
+        """Take in that a client raised something of kin's instead of answering."""
+        if isinstance(error, self._kin.HTTPStatusError):  # a hook's, which took no liking to an answer
+            self._call.answered(error.response.status_code, _fields(error.response))
+        else:
+            self._call.failed(unanswered(error, self._kin))
 
     def answered(self, response: Any) -> Any:  # noqa: ANN401 - a response of kin's
         """Take in the head of the provider's answer; return the response with the head that the program sees."""
+        if response.request is self._forwarded:
+            response.request = self._request
+        if not usable(response.status_code):  # whatever it is, it is the program's, and it tells of no usage
+            self._call.failed(unusable(response.status_code))
+            return response
         if response.is_closed:
             response = self._unread(response)
-        theirs = response.headers.get(_ID)
-        told = [(name.lower(), value) for name, value in response.headers.raw]
-        response.headers = self._kin.Headers(self._call.answered(response.status_code, told).headers)
-        if theirs is not None:
-            response.headers[_ID] = theirs  # by which the provider can be asked about it
+        told = _fields(response)
+        passed = self._call.answered(response.status_code, told).headers
+        response.headers = self._kin.Headers([*passed, *(field for field in told if field[0] in _THEIRS)])
         return response
 
     def _unread(self, response: Any) -> Any:  # noqa: ANN401 - likewise
-        """Return a response that a transport has read in advance, as one that is still to be read."""
-        return self._kin.Response(
+        """Return a response that a transport, or a hook, has read in advance as one that is still to be read."""
+        unread = self._kin.Response(
             response.status_code,
             headers=[(name, value) for name, value in response.headers.raw if name.lower() != b"content-encoding"],
             stream=self._kin.ByteStream(response.content),
             request=response.request,
             extensions=response.extensions,
             history=response.history,
+            default_encoding=response.default_encoding,
         )
+        unread.next_request = response.next_request
+        return unread
 
     def response(self, answer: Answer) -> Any:  # noqa: ANN401 - likewise
         """Return an answer of ours as a response."""
         return _response(self._kin, answer, self._request)
 
-    def unreadable(self, error: UpstreamError) -> Exception:
-        """Return what was raised, or what would be for an answer that cannot be read."""
-        cause = error.__cause__
-        unreadable: Exception = self._kin.DecodingError(str(error))
-        return cause if isinstance(cause, self._kin.HTTPError) else unreadable
+
+def _fields(response: Any) -> Headers:  # noqa: ANN401 - kin's
+    return [(name.lower(), value) for name, value in response.headers.raw]
 
 
 def _response(kin: ModuleType, answer: Answer, request: Any) -> Any:  # noqa: ANN401 - kin's
-    return kin.Response(answer.status, headers=answer.headers, content=answer.body, request=request)
+    response = kin.Response(answer.status, headers=answer.headers, content=answer.body, request=request)
+    response.elapsed = timedelta()  # it has not been anywhere
+    return response
 
 
 def _is_guarded(request: Any) -> bool:  # noqa: ANN401 - kin's
@@ -137,8 +173,13 @@ def _is_guarded(request: Any) -> bool:  # noqa: ANN401 - kin's
 
 
 def _around(request: Any) -> Answer | None:  # noqa: ANN401 - kin's
-    """Return the answer to what would get around the budgets: another call than those that can be guarded."""
-    if request.method in _UNCHARGED:
+    """Return the answer to what would get around the budgets: another call than those that can be guarded.
+
+    What may pass travels without what says who calls.
+    """
+    if request.method in _UNCHARGED and "upgrade" not in request.headers:  # to a socket, over which models run too
+        for name in _NAMES:
+            request.headers.pop(name, None)
         return None
     return refusal.problem(
         404,
@@ -164,6 +205,7 @@ class Sending:
 
     kin: ClassVar[ModuleType]
     body: ClassVar[type[GuardedBody]]
+    is_closed: bool
 
     def __init__(self, guards: Guards, who: Mapping[bytes, bytes], **options: Any) -> None:  # noqa: ANN401 - kin's
         super().__init__(**options)
@@ -176,18 +218,23 @@ class Sending:
             refused = _around(request)
             if refused is not None:
                 return _response(self.kin, refused, request)
+        if self.is_closed or not _is_guarded(request):  # what is closed says so, and takes nothing
             return super().send(request, stream=stream, **options)  # type: ignore[misc]  # a client's
-        call = Call(self._guard, _new_id())
+        call = _Call(self._guard, _new_id())
         try:
             response = self._passed(call, request, options)
-            if not stream:
-                response.read()
         except BaseException:
             call.over()
             raise
+        if not stream:
+            try:
+                response.read()
+            except BaseException:
+                response.close()
+                raise
         return response
 
-    def _passed(self, call: Call, request: Any, options: Mapping[str, Any]) -> Any:  # noqa: ANN401 - kin's
+    def _passed(self, call: _Call, request: Any, options: Mapping[str, Any]) -> Any:  # noqa: ANN401 - kin's
         request.read()
         passage = _Passage(self.kin, call, request, self._who)
         try:
@@ -198,42 +245,61 @@ class Sending:
             call.over()
             return passage.response(forward)
         try:
-            with mapped_to_open(self.kin):
-                response = super().send(passage.forwarded(forward), stream=True, **options)  # type: ignore[misc]
-        except UpstreamError as error:
-            call.failed(error)
-            raise error.__cause__ or error from None
+            response = super().send(passage.forwarded(forward), stream=True, **options)  # type: ignore[misc]
+        except self.kin.HTTPError as error:
+            passage.unanswered(error)
+            raise
         response = passage.answered(response)
-        response.stream = self.body(self.kin, passage, call, response.stream)
+        response.stream = self.body(self.kin, call, response.stream)
         return response
 
 
 class GuardedBody:
-    """The body of an answer, read on the way."""
+    """The body of an answer, read on the way.
 
-    def __init__(self, kin: ModuleType, passage: _Passage, call: Call, stream: Any) -> None:  # noqa: ANN401 - kin's
+    Args:
+        kin: httpx, or its kin.
+        call: The call.
+        stream: What the body comes from.
+    """
+
+    def __init__(self, kin: ModuleType, call: _Call, stream: Any) -> None:  # noqa: ANN401 - kin's
         self._kin = kin
-        self._passage = passage
         self._call = call
         self._stream = stream
+
+    @property
+    def elapsed(self) -> timedelta | None:
+        """How long it took, once it is closed: where httpx2 looks for it."""
+        elapsed: timedelta | None = getattr(self._stream, "elapsed", None)
+        return elapsed
 
     def __iter__(self) -> Iterator[bytes]:
         call = self._call
         try:
-            with mapped(self._kin):
-                for chunk in self._stream:
-                    if passed := call.feed(chunk):
-                        yield passed
+            for chunk in self._stream:
+                if passed := call.feed(chunk):
+                    yield passed
             if rest := call.finish():
                 yield rest
-        except UpstreamError as error:
+        except self._kin.HTTPError as error:
+            call.failed(broken_off(error, self._kin))
+            raise
+        except UpstreamError as error:  # it came, and cannot be decoded
             call.failed(error)
-            raise self._passage.unreadable(error) from None
+            raise self._kin.DecodingError(str(error)) from error
+        finally:
+            call.over()
 
     def close(self) -> None:
         """Settle what is not settled, and give the connection back."""
-        self._call.over()
-        self._stream.close()
+        try:
+            self._call.over()
+        finally:
+            self._stream.close()
+
+    def __del__(self) -> None:
+        self._call.over()  # nobody closed it
 
 
 class SendingSoon:
@@ -247,6 +313,7 @@ class SendingSoon:
 
     kin: ClassVar[ModuleType]
     body: ClassVar[type[GuardedBodySoon]]
+    is_closed: bool
 
     def __init__(self, guards: Guards, who: Mapping[bytes, bytes], **options: Any) -> None:  # noqa: ANN401 - kin's
         super().__init__(**options)
@@ -259,19 +326,24 @@ class SendingSoon:
             refused = _around(request)
             if refused is not None:
                 return _response(self.kin, refused, request)
+        if self.is_closed or not _is_guarded(request):  # what is closed says so, and takes nothing
             return await super().send(request, stream=stream, **options)  # type: ignore[misc]  # a client's
-        call = CallSoon(self._guard, _new_id())
+        call = _CallSoon(self._guard, _new_id())
         try:
             response = await self._passed(call, request, options)
-            if not stream:
-                await response.aread()
         except BaseException:
             call.over()
             await settled(call)
             raise
+        if not stream:
+            try:
+                await response.aread()
+            except BaseException:
+                await response.aclose()
+                raise
         return response
 
-    async def _passed(self, call: CallSoon, request: Any, options: Mapping[str, Any]) -> Any:  # noqa: ANN401 - kin's
+    async def _passed(self, call: _CallSoon, request: Any, options: Mapping[str, Any]) -> Any:  # noqa: ANN401 - kin's
         await request.aread()
         passage = _Passage(self.kin, call, request, self._who)
         forward: UpstreamRequest | Answer
@@ -287,31 +359,41 @@ class SendingSoon:
             call.over()
             return passage.response(forward)
         try:
-            with mapped_to_open(self.kin):
-                sent = super().send(passage.forwarded(forward), stream=True, **options)  # type: ignore[misc]
-                response = await sent
-        except UpstreamError as error:
-            call.failed(error)
-            raise error.__cause__ or error from None
+            sent = super().send(passage.forwarded(forward), stream=True, **options)  # type: ignore[misc]
+            response = await sent
+        except self.kin.HTTPError as error:
+            passage.unanswered(error)
+            raise
         response = passage.answered(response)
-        response.stream = self.body(self.kin, passage, call, response.stream)
+        response.stream = self.body(self.kin, call, response.stream)
         return response
 
 
 class GuardedBodySoon:
-    """The body of an answer, read on the way."""
+    """The body of an answer, read on the way.
 
-    def __init__(self, kin: ModuleType, passage: _Passage, call: CallSoon, stream: Any) -> None:  # noqa: ANN401 - kin's
+    Args:
+        kin: httpx, or its kin.
+        call: The call.
+        stream: What the body comes from.
+    """
+
+    def __init__(self, kin: ModuleType, call: _CallSoon, stream: Any) -> None:  # noqa: ANN401 - kin's
         self._kin = kin
-        self._passage = passage
         self._call = call
         self._stream = stream
+
+    @property
+    def elapsed(self) -> timedelta | None:
+        """How long it took, once it is closed: where httpx2 looks for it."""
+        elapsed: timedelta | None = getattr(self._stream, "elapsed", None)
+        return elapsed
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         call = self._call
         try:
-            with mapped(self._kin):
-                async for chunk in self._stream:
+            async with aclosing(self._stream.__aiter__()) as chunks:
+                async for chunk in chunks:
                     if passed := call.feed(chunk):
                         await settled(call)
                         yield passed
@@ -319,15 +401,25 @@ class GuardedBodySoon:
             await settled(call)
             if rest:
                 yield rest
-        except UpstreamError as error:
+        except self._kin.HTTPError as error:
+            call.failed(broken_off(error, self._kin))
+            raise
+        except UpstreamError as error:  # it came, and cannot be decoded
             call.failed(error)
-            raise self._passage.unreadable(error) from None
+            raise self._kin.DecodingError(str(error)) from error
+        finally:
+            call.over()
 
     async def aclose(self) -> None:
         """Settle what is not settled, and give the connection back."""
-        self._call.over()
-        await settled(self._call)
-        await self._stream.aclose()
+        try:
+            self._call.over()
+            await settled(self._call)
+        finally:
+            await self._stream.aclose()
+
+    def __del__(self) -> None:
+        self._call.over()  # nobody closed it
 
 
 async def settled(call: CallSoon) -> None:

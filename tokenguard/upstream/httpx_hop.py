@@ -221,26 +221,37 @@ def _headers(response: httpx.Response) -> Headers:
 
 
 @contextmanager
-def mapped_to_open(kin: ModuleType = httpx) -> Iterator[None]:
-    """Turn what httpx, or its kin, raises before the head of an answer has come into errors of ours."""
-    with mapped(kin):
-        try:
-            yield
-        except (kin.ConnectError, kin.UnsupportedProtocol) as error:
-            raise UpstreamError(f"the provider could not be reached ({_reason(error)})", sent=False) from error
-        except kin.ConnectTimeout as error:
-            raise UpstreamTimeout("the provider could not be reached in time", sent=False) from error
+def mapped_to_open() -> Iterator[None]:
+    """Turn what httpx raises before the head of an answer has come into errors of ours."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise unanswered(error) from error
 
 
 @contextmanager
-def mapped(kin: ModuleType = httpx) -> Iterator[None]:
-    """Turn what httpx, or its kin, raises after a request may have been sent into errors of ours."""
+def mapped() -> Iterator[None]:
+    """Turn what httpx raises after a request may have been sent into errors of ours."""
     try:
         yield
-    except kin.TimeoutException as error:
-        raise UpstreamTimeout("the provider did not answer in time", sent=True) from error
-    except kin.HTTPError as error:
-        raise UpstreamError(f"the provider's answer broke off ({_reason(error)})", sent=True) from error
+    except httpx.HTTPError as error:
+        raise broken_off(error) from error
+
+
+def unanswered(error: Exception, kin: ModuleType = httpx) -> UpstreamError:
+    """Return what httpx, or its kin, raised before the head of an answer had come as an error of ours."""
+    if isinstance(error, kin.ConnectTimeout | kin.PoolTimeout):
+        return UpstreamTimeout("the provider could not be reached in time", sent=False)
+    if isinstance(error, kin.ConnectError | kin.ProxyError | kin.UnsupportedProtocol):
+        return UpstreamError(f"the provider could not be reached ({_reason(error)})", sent=False)
+    return broken_off(error, kin)
+
+
+def broken_off(error: Exception, kin: ModuleType = httpx) -> UpstreamError:
+    """Return what httpx, or its kin, raised after a request may have been sent as an error of ours."""
+    if isinstance(error, kin.TimeoutException):
+        return UpstreamTimeout("the provider did not answer in time", sent=True)
+    return UpstreamError(f"the provider's answer broke off ({_reason(error)})", sent=True)
 
 
 def _reason(error: BaseException) -> str:
