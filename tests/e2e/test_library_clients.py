@@ -38,7 +38,7 @@ from tests.e2e.rogue import Rogue, answer, head, saying
 from tests.nodes import until
 from tests.provider_limit import Limit, Limits
 from tokenguard import Limiter
-from tokenguard.errors import InvalidValue
+from tokenguard.errors import InvalidSetting, InvalidValue
 
 KINDS = {
     "httpx": ("httpx_client", openai.OpenAI, httpx),
@@ -280,7 +280,7 @@ def test_reservation_is_the_proxy_s_estimate(program, limiter, fake, more, reser
 def test_tools_are_counted(program, limiter):
     """What describes a tool is part of the prompt."""
     tool = {"type": "function", "function": {"name": "look_up", "description": "Look something up. " * 20}}
-    without, with_tools = (limiter.estimate(program.request(**more)) for more in ({}, {"tools": [tool]}))
+    without, with_tools = (limiter.estimate(program.request(**more))["tokens"] for more in ({}, {"tools": [tool]}))
     assert with_tools > without + 50
     program.chat(tools=[tool])
     assert program.used == USED
@@ -665,6 +665,22 @@ def test_no_connection_free(start, rogue, kind):
     assert program.is_charged(RESERVED)
 
 
+def test_client_keeps_a_forgotten_limiter_open(kind, fake, upstream_url, user, tmp_path, caplog):
+    """A limiter that nobody but its client knows is open as long as the client is, and saves what that took."""
+    url = f"file://{tmp_path}/state"
+    with Program(kind, limiting(url), upstream_url, user) as program:
+        program._limiter = None
+        gc.collect()
+        program.chat()
+        with pytest.raises(InvalidSetting):
+            limiting(url)
+    del program
+    gc.collect()
+    with limiting(url) as limiter:
+        assert limiter.peek(user=user)[-1].level == CAPACITY - USED
+    caplog.clear()  # it told of the state that it went on from
+
+
 @only_memory
 def test_client_that_is_closed(start):
     """It says so, and takes nothing."""
@@ -912,10 +928,14 @@ def test_estimate_learns_of_usage(program, limiter, fake):
     """What answers took is expected of the next ones."""
     request = program.request()
     del request["max_tokens"]
-    assert limiter.estimate(request, user=program.user) == PROMPT + 256
+    assert limiter.estimate(request, user=program.user) == {
+        "tokens": PROMPT + 256,
+        "prompt": PROMPT,
+        "model": program.model,
+    }
     for _ in range(30):
         program.chat()
-    assert limiter.estimate(request, user=program.user) < PROMPT + 50
+    assert limiter.estimate(request, user=program.user)["tokens"] < PROMPT + 50
 
 
 def test_limits_of_the_provider_are_learned(start, limiter, provider, behind_limits):

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar
 from urllib.parse import unquote
 
 from tokenguard._heads import IDENTITY_HEADERS
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from tokenguard.library.sending import Guards
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -317,7 +316,9 @@ class Limiter:
         """
         from tokenguard.library.clients import GuardedClient  # whoever has no use for it need not load it
 
-        return GuardedClient(self._guards_of_clients(), _fields(user, team, role, rolegroup), **options)
+        return GuardedClient(
+            self._guards_of_clients(), self._desk, _fields(user, team, role, rolegroup), **options
+        )
 
     def httpx_async_client(
         self,
@@ -334,7 +335,9 @@ class Limiter:
         """
         from tokenguard.library.clients import AsyncGuardedClient  # whoever has no use for it need not load it
 
-        return AsyncGuardedClient(self._guards_of_clients(), _fields(user, team, role, rolegroup), **options)
+        return AsyncGuardedClient(
+            self._guards_of_clients(), self._desk, _fields(user, team, role, rolegroup), **options
+        )
 
     def httpx2_client(
         self,
@@ -355,7 +358,9 @@ class Limiter:
         """
         from tokenguard.library.clients2 import GuardedClient  # whoever has no use for it need not load it
 
-        return GuardedClient(self._guards_of_clients(), _fields(user, team, role, rolegroup), **options)
+        return GuardedClient(
+            self._guards_of_clients(), self._desk, _fields(user, team, role, rolegroup), **options
+        )
 
     def httpx2_async_client(
         self,
@@ -372,7 +377,12 @@ class Limiter:
         """
         from tokenguard.library.clients2 import AsyncGuardedClient  # whoever has no use for it need not load it
 
-        return AsyncGuardedClient(self._guards_of_clients(), _fields(user, team, role, rolegroup), **options)
+        return AsyncGuardedClient(
+            self._guards_of_clients(), self._desk, _fields(user, team, role, rolegroup), **options
+        )
+
+    def _client(self, kind: Callable[..., R], who: Mapping[bytes, bytes], options: Mapping[str, Any]) -> R:
+        return kind(self._guards_of_clients(), self._desk, who, **options)
 
     def _guards_of_clients(self) -> Guards:
         from tokenguard.library.sending import Guards  # likewise

@@ -199,6 +199,7 @@ class Sending:
 
     Args:
         guards: What guards them.
+        keeps: What must live as long as the client does.
         who: The header fields that say who calls.
         options: What the client takes.
     """
@@ -207,9 +208,10 @@ class Sending:
     body: ClassVar[type[GuardedBody]]
     is_closed: bool
 
-    def __init__(self, guards: Guards, who: Mapping[bytes, bytes], **options: Any) -> None:  # noqa: ANN401 - kin's
+    def __init__(self, guards: Guards, keeps: object, who: Mapping[bytes, bytes], **options: Any) -> None:  # noqa: ANN401 - kin's
         super().__init__(**options)
         self._guard = guards.guard
+        self._keeps = keeps
         self._who = who
 
     def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:  # noqa: ANN401 - kin's
@@ -307,6 +309,7 @@ class SendingSoon:
 
     Args:
         guards: What guards them.
+        keeps: What must live as long as the client does.
         who: The header fields that say who calls.
         options: What the client takes.
     """
@@ -315,9 +318,10 @@ class SendingSoon:
     body: ClassVar[type[GuardedBodySoon]]
     is_closed: bool
 
-    def __init__(self, guards: Guards, who: Mapping[bytes, bytes], **options: Any) -> None:  # noqa: ANN401 - kin's
+    def __init__(self, guards: Guards, keeps: object, who: Mapping[bytes, bytes], **options: Any) -> None:  # noqa: ANN401 - kin's
         super().__init__(**options)
         self._guard = guards.guard
+        self._keeps = keeps
         self._who = who
 
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:  # noqa: ANN401 - kin's
