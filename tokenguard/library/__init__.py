@@ -130,8 +130,8 @@ class Limiter:
             role: Likewise.
             rolegroup: Likewise.
             model: Which model is called, for budgets of models.
-            prompt: How many of the tokens are the prompt's; all of them by default. For the others, a bucket is
-                asked for no more than half of what it can hold, so that a guess at an answer keeps nobody out.
+            prompt: How many of the tokens are the prompt's; all of them by default. A bucket is asked for these,
+                and for the rest only up to half of what it can hold: a guess at an answer keeps nobody out.
             wait: How many seconds to wait for the budget at most. Whoever comes first is served first, among those
                 who wait in this process; a call that does not wait takes what is there.
 
