@@ -44,6 +44,10 @@ class BudgetState(NamedTuple):
     explicit: bool
     level: int
 
+    def __repr__(self) -> str:
+        level = f"{self.level}/{self.capacity}, {self.refill_per_sec:g}/s"
+        return f"<BudgetState {self.budget.name}: {level}, {self.source}>"
+
     @property
     def scope(self) -> str:
         """The kind of scope that is limited: ``global``, ``team``, ``rolegroup``, ``role`` or ``user``."""

@@ -15,6 +15,7 @@ from tokenguard.backends.workers import join
 from tokenguard.budgets import Budgets
 from tokenguard.config import Config
 from tokenguard.errors import InvalidSetting
+from tokenguard.estimate import Estimator
 from tokenguard.limiter import Limiter
 from tokenguard.plan import Plans
 
@@ -77,6 +78,7 @@ class Engine:
         backend: Where the buckets live.
         limiter: Reserves and settles.
         budgets: Sets, lists and removes budgets.
+        estimator: Estimates calls, and learns from them.
 
     Raises:
         InvalidSetting: What the configuration names cannot be opened.
@@ -89,3 +91,4 @@ class Engine:
         plans = Plans(backend, config.defaults)
         self.limiter = Limiter(backend, plans)
         self.budgets = Budgets(backend, plans)
+        self.estimator = Estimator()

@@ -93,7 +93,7 @@ class Reservation:
             AlreadySettled: It has been before.
         """
         if not self.is_open:
-            raise AlreadySettled("the reservation has been settled or refunded before")
+            raise AlreadySettled("the call has been settled, refunded or kept before; nothing was changed")
         self.is_open = False  # compiled, nothing can come in between: of two threads one gets through
 
     def close_at(self, tokens: int) -> tuple[Handle, tuple[int, ...]]:

@@ -206,6 +206,15 @@ class Decision(NamedTuple):
     binding: BucketState | None
     buckets: tuple[BucketState, ...]
 
+    def __bool__(self) -> bool:
+        return self.allowed
+
+    def __repr__(self) -> str:
+        if self.binding is None:
+            return "<Decision allowed>"
+        wait = "waiting does not help" if self.retry_after is None else f"retry after {self.retry_after:g} s"
+        return f"<Decision refused by {self.binding.name}, {wait}>"
+
     @property
     def retry_after(self) -> float | None:
         """The same wait in seconds, or None if waiting does not help."""

@@ -147,7 +147,7 @@ def _what(bucket: BucketState, wait_us: int) -> str:
         )
     state = f"limit {bucket.limit}, remaining {bucket.remaining}, requested {bucket.cost}"
     if bucket.cost > bucket.limit:
-        return f"Request too large for {bucket.name}: {state}. Waiting does not help: make the prompt shorter."
+        return f"Request too large for {bucket.name}: {state}. Waiting does not help: ask for fewer tokens."
     if wait_us >= NEVER_US:
         return f"Budget used up for {bucket.name}: {state}. It does not refill by itself."
     return f"Rate limit reached for {bucket.name}: {state}. Please try again in {duration(wait_us)}."

@@ -10,7 +10,6 @@ from tokenguard.api.call import Guard
 from tokenguard.config import Config
 from tokenguard.engine import Engine
 from tokenguard.errors import InvalidSetting
-from tokenguard.estimate import Estimator
 from tokenguard.exchange import Terms
 from tokenguard.metrics import Metrics
 from tokenguard.model import Headers
@@ -96,7 +95,7 @@ class House:
         self.budgets = engine.budgets
         self.metrics = Metrics(engine.backend)
         self.provider_limits = self._limits() if config.provider_limits else None
-        self.terms = Terms(_credentials(config), Estimator(), config.ask_for_usage)
+        self.terms = Terms(_credentials(config), engine.estimator, config.ask_for_usage)
         self.guard = Guard(
             engine.limiter,
             self.terms,

@@ -681,6 +681,38 @@ def test_client_keeps_a_forgotten_limiter_open(kind, fake, upstream_url, user, t
     caplog.clear()  # it told of the state that it went on from
 
 
+@pytest.mark.parametrize("limiter", ["memory"], indirect=True)
+def test_call_that_gives_back_wakes_who_waits(faced, rogue, limiter, user):
+    """A call of the library's that waits for what a client's call has reserved is served when that is settled."""
+    served = []
+
+    def behave(connection):
+        served.append(waiting.submit(wait))
+        until(lambda: len(limiter._desk.line) == 1, "nobody waits")
+        connection.sendall(answer(WHOLE))
+
+    def wait():
+        with limiter.reserve(user=user, tokens=CAPACITY - USED, wait=60) as call:
+            call.refund()
+
+    rogue.behave = behave
+    with ThreadPoolExecutor(1) as waiting:
+        faced.chat()
+        served.pop().result(30)
+
+
+@only_memory
+def test_client_of_a_closed_limiter(kind, upstream_url, user, fake):
+    """It sends nothing, and says so."""
+    limiter = limiting()
+    with Program(kind, limiter, upstream_url, user) as program:
+        limiter.close()
+        with pytest.raises((RuntimeError, openai.APIConnectionError)) as refused:
+            program.chat()
+    assert "the limiter is closed" in f"{refused.value} {refused.value.__cause__}"
+    assert fake.received == []
+
+
 @only_memory
 def test_client_that_is_closed(start):
     """It says so, and takes nothing."""

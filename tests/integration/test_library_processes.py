@@ -195,8 +195,8 @@ def test_program_that_closes_nothing_ends_in_silence(url):
     assert run(program, url) == 940
 
 
-def test_program_that_fails_ends_with_its_own_error(url):
-    """What is reserved in a block that an exception ends is given back, at the end of a program, too."""
+def test_program_that_exits_in_a_block_keeps_what_it_had(url):
+    """What is reserved in a block that is ended from outside stays spent, at the end of a program, too."""
     program = """
         def fail():
             with limiter.reserve(user="alice", tokens=100):
@@ -206,7 +206,29 @@ def test_program_that_fails_ends_with_its_own_error(url):
         fail()
         """
 
-    assert run(program, url) == 1000
+    assert run(program, url) == 900
+
+
+def test_fork_in_a_block_leaves_the_call_to_the_parent(url):
+    """However the block ends in the child, what was reserved is the parent's to settle, and is so once."""
+    program = """
+        def fail():
+            raise ValueError
+
+        with limiter.reserve(user="alice", tokens=100) as call:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    call.__exit__(ValueError, ValueError(), None)
+                    del call
+                finally:
+                    os._exit(0)
+            os.waitpid(pid, 0)
+            call.settle(50)
+        print(level(limiter))
+        """
+
+    assert run(program, url) == 950
 
 
 def test_state_goes_on_in_the_next_process(tmp_path):
@@ -235,7 +257,7 @@ def test_file_has_one_process_at_a_time(tmp_path):
     code, error, left = run(program, f"file://{tmp_path}/state")
 
     assert code == 1
-    assert "InvalidSetting: TOKENGUARD_STATE: the state is kept at" in error
+    assert "InvalidSetting: url: the state is kept at" in error
     assert "by another server that runs" in error
     assert left == 998
 

@@ -26,6 +26,8 @@ from tokenguard import (
     Limiter,
     Unsettled,
 )
+from tokenguard.config import SETTINGS
+from tokenguard.library.settings import Settings
 
 PATIENCE_S = 20
 ENDINGS = [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError]
@@ -94,15 +96,19 @@ def test_call_that_took_more_than_estimated_is_charged_all(limiter):
 
 
 def test_nothing_is_reserved_before_the_block(limiter):
-    """A call that is made and never entered takes nothing, and warns of nothing."""
+    """A call that is made and never begun takes nothing, and warns of that when it is thrown away."""
     call = limiter.reserve(user="alice", tokens=600)
 
     assert level(limiter) == 1000
     assert not call.is_open
-    for ask in (lambda: call.settle(1), call.refund, call.keep, lambda: call.decision, call.limit_headers):
+    with pytest.raises(RuntimeError, match="nothing is reserved yet"):
+        call.settle(1)
+    for name in ("refund", "keep", "decision", "limit_headers"):
         with pytest.raises(RuntimeError, match="nothing is reserved yet"):
-            ask()
+            getattr(call, name)()
     assert repr(call) == "<Call of alice for 600 tokens, not reserved yet>"
+    with pytest.warns(Unsettled, match=r"never begun: nothing was reserved.*`with` or `async with`"):
+        del call
 
 
 def test_call_tells_how_the_buckets_are(limiter):
@@ -117,13 +123,20 @@ def test_call_tells_how_the_buckets_are(limiter):
     assert repr(call) == "<Call of alice for 600 tokens, settled>"
 
 
+def left_by(error):
+    return 1000 if issubclass(error, Exception) else 400
+
+
 @pytest.mark.parametrize("error", ENDINGS)
 def test_exception_in_the_block_refunds(limiter, error):
-    """Whatever ends a block before it is settled, the tokens are given back and the exception goes on."""
+    """A block that fails before it is settled gives back what it had; one that is ended from outside keeps it.
+
+    The exception goes on, and nothing warns.
+    """
     with pytest.raises(error), limiter.reserve(user="alice", tokens=600):
         raise error
 
-    assert level(limiter) == 1000
+    assert level(limiter) == left_by(error)
 
 
 @pytest.mark.parametrize("error", ENDINGS)
@@ -137,11 +150,11 @@ def test_exception_in_an_async_block_refunds(limiter, error):
     with pytest.raises(error):
         guarded().send(None)
 
-    assert level(limiter) == 1000
+    assert level(limiter) == left_by(error)
 
 
-def test_closed_generator_refunds(limiter):
-    """A generator that is thrown away in the middle of its block gives back what it had."""
+def test_generator_that_nobody_reads_on_keeps_what_it_had(limiter):
+    """Who stops reading in the middle of the block has had what may have been paid for."""
 
     def stream():
         with limiter.reserve(user="alice", tokens=600):
@@ -153,11 +166,11 @@ def test_closed_generator_refunds(limiter):
 
     streaming.close()
 
-    assert level(limiter) == 1000
+    assert level(limiter) == 400
 
 
-def test_cancelled_block_refunds(limiter):
-    """A task that is cancelled inside of its block gives back what it had."""
+def test_cancelled_block_keeps_what_it_had(limiter):
+    """A task that is cancelled inside of its block may have had the provider at work."""
 
     async def guarded(entered):
         async with limiter.reserve(user="alice", tokens=600):
@@ -174,6 +187,19 @@ def test_cancelled_block_refunds(limiter):
 
     asyncio.run(main())
 
+    assert level(limiter) == 400
+
+
+def test_call_is_reserved_once(limiter):
+    """It cannot be asked for again, be it refused or not."""
+    call = limiter.try_reserve(user="alice", tokens=600)
+    again = limiter.reserve(user="alice", tokens=600)
+    for _ in range(2):
+        with pytest.raises((BudgetExceeded, RuntimeError)), again:
+            pass
+    with pytest.raises(RuntimeError, match="a call is reserved once"):
+        call.attempt()
+    call.refund()
     assert level(limiter) == 1000
 
 
@@ -304,7 +330,7 @@ def test_unsettled_block_warns_at_its_line(limiter):
         with limiter.reserve(user="alice", tokens=600):
             pass
 
-    with pytest.warns(Unsettled, match=r"estimate of 600 tokens stays spent.*call\.keep\(\)") as told:
+    with pytest.warns(Unsettled, match=r"estimate stays spent.*call\.keep\(\)") as told:
         forgetful()
 
     assert [(warning.filename, warning.lineno) for warning in told] == [(__file__, line_of(forgetful))]
@@ -353,6 +379,41 @@ def test_call_that_is_dropped_warns(limiter):
         limiter.try_reserve(user="alice", tokens=600)
 
     assert level(limiter) == 400
+
+
+def test_switch_is_a_truth_or_a_word():
+    """What is on or off in the environment may be True or False here."""
+    for off in (False, "off"):
+        with Limiter(TOKENGUARD_PROVIDER_LIMITS=off) as limiter:
+            assert not limiter._engine.config.provider_limits
+    with pytest.raises(InvalidSetting, match="on or off, got '0'"):
+        Limiter(TOKENGUARD_PROVIDER_LIMITS=0)
+
+
+def test_settings_of_a_limiter_are_settings():
+    """What a limiter takes has the names of the environment."""
+    assert Settings.__annotations__.keys() < SETTINGS.keys()
+
+
+def test_decision_is_as_good_as_its_word(limiter):
+    """A call is true, a refusal is not, and says what it is in one line."""
+    with limiter.reserve(user="alice", tokens=600) as call:
+        call.keep()
+
+    refused = limiter.try_reserve(user="alice", tokens=600)
+
+    assert call
+    assert not refused
+    assert repr(refused) == "<Decision refused by user:alice on tokens, waiting does not help>"
+    assert repr(call.decision) == "<Decision allowed>"
+
+
+def test_reprs_of_budgets_and_of_what_is_closed():
+    """A budget is shown in one line, and a limiter that is closed says so."""
+    with Limiter() as limiter:
+        budget = limiter.budgets.set("user", "bob", capacity=60, refill_per_sec=0.5)
+        assert repr(budget) == "<BudgetState user:bob on tokens: 60/60, 0.5/s, explicit>"
+    assert "closed" in repr(limiter)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------
@@ -478,8 +539,12 @@ SURROGATE = "\ud800"
         ({"team": {}}, "team", "team must be a string, got {}"),
         ({"role": 1.5}, "role", "role must be a string"),
         ({"rolegroup": SURROGATE}, "rolegroup", "rolegroup must be valid UTF-8"),
-        ({"model": None}, "model", "model must be a string, got None"),
+        ({"model": 4}, "model", "model must be a string, got 4"),
         ({"model": ["gpt"]}, "model", "model must be a string, got ['gpt']"),
+        ({"model": "gpt-4o "}, "model", "model must not begin or end with white space"),
+        ({"model": "m" * 257}, "model", "model must be 1 to 256 bytes"),
+        ({"prompt": 2}, "prompt", "prompt must be at most tokens, 1, got 2"),
+        ({"prompt": -1}, "prompt", "prompt must be a whole number from 0 to 10^12, got -1"),
         ({"tokens": -1}, "tokens", "tokens must be a whole number from 0 to 10^12, got -1"),
         ({"tokens": 10**12 + 1}, "tokens", "got 1000000000001"),
         ({"tokens": 1.0}, "tokens", "got 1.0"),
@@ -505,7 +570,7 @@ def test_bad_argument_is_named(limiter, arguments, field, message):
     assert message in str(refused.value)
     with pytest.raises(InvalidValue):
         limiter.try_reserve(**given)
-    if field not in ("tokens", "wait"):
+    if field not in ("tokens", "prompt", "wait"):
         given.pop("tokens")
         with pytest.raises(InvalidValue, match=field):
             limiter.peek(**given)
@@ -533,7 +598,8 @@ def test_wait_may_be_any_number_of_seconds(limiter, wait):
         ("file:///", {}, "must be the path of a file"),
         (f"file:///tmp/{SURROGATE}", {}, "must be the path of a file"),
         ("file:///no/such/folder/state", {}, "there is no folder /no/such/folder"),
-        ("http://localhost", {}, "REDIS_URL must be redis://"),
+        ("http://localhost", {}, "url must be redis://"),
+        ("file:///no/such/folder/state", {}, "url: "),
         ("redis://localhost:70000", {}, "a port is no number from 1 to 65535"),
         ("memory://", {"CAP_USR": 5}, "CAP_USR is not a setting: did you mean CAP_USER?"),
         ("memory://", {"cap_user": 5}, "cap_user is not a setting: did you mean CAP_USER?"),
@@ -542,7 +608,8 @@ def test_wait_may_be_any_number_of_seconds(limiter, wait):
         ("memory://", {"CAP_USER": True}, "got 'True'"),
         ("memory://", {"RATE_USER": math.nan}, "RATE_USER must be a number from 0 to 10^12, got 'nan'"),
         ("memory://", {"TOKENGUARD_REALM": "staging"}, "REDIS_URL is not"),
-        ("redis://a", {"REDIS_URL": "redis://b"}, "REDIS_URL is what the URL says: give one of the two"),
+        ("redis://a", {"REDIS_URL": "redis://b"}, "REDIS_URL is what the URL says: give that"),
+        ("memory://", {"TOKENGUARD_WORKERS": 4}, "TOKENGUARD_WORKERS is a setting of the server's"),
         ("file:///a", {"TOKENGUARD_STATE": "/b"}, "TOKENGUARD_STATE is what the URL says"),
     ],
 )

@@ -16,6 +16,8 @@ import pytest
 from tests.house import MODEL
 from tests.plain_servers import AsgiServer, Request, WsgiServer, serve_asgi, serve_wsgi
 from tokenguard import Limiter, asgi, wsgi
+from tokenguard._bucket import BucketTable
+from tokenguard.backends.memory import MemoryBackend
 from tokenguard.config import read_config
 from tokenguard.errors import AlreadySettled, BackendDown, BudgetNotFound, InvalidValue, TableBusy, TableFull
 from tokenguard.library.call import Desk
@@ -690,6 +692,48 @@ def test_cost_that_is_none_is_refused_at_once(limiter, kind, cost):
         GUARDS[kind][0](Saying(), limiter, cost=cost)
 
 
+@pytest.mark.parametrize("wrap", [lambda cost: cost, FromBody], ids=["cost", "FromBody"])
+@pytest.mark.parametrize("returned", ["5", None, -1, 1.5])
+def test_mistake_of_a_cost_is_not_the_caller_s(limiter, kind, wrap, returned):
+    """What a function of the app's returns and is no cost is an error of the app's, and nothing is charged."""
+    heard, _ = ask(kind, limiter, cost=wrap(lambda _: returned))
+    assert isinstance(heard.raised, TypeError)
+    assert "cost must be a whole number from 0 to 10" in str(heard.raised)
+    assert taken(limiter) == 0
+
+
+def test_identify_may_reserve_by_itself(limiter, kind):
+    """What it is refused is a refusal of the request."""
+
+    def identify(request):
+        with limiter.reserve(user=request.peer, tokens=GRANT + 1, prompt=1) as call:
+            call.keep()
+        return "alice"
+
+    limiter.budgets.set("user", "192.0.2.7", capacity=5, refill_per_sec=0, level=0)
+    heard, _ = ask(kind, limiter, identify=identify)
+    assert (heard.status, heard.raised) == (429, None)
+    assert b"user:192.0.2.7" in heard.body
+    assert taken(limiter) == 0
+
+
+def test_guard_stands_in_front_of_the_proxy_s_own_app(limiter):
+    """Each has a call of its own for the request."""
+    config = read_config({"OPENAI_API_KEY": "sk-1"})
+    app = asgi.create_app(config, NoUpstream(), MemoryBackend(BucketTable(64)))
+    heard = serve_asgi(ASGIGuard(app, limiter), Request("GET", "/openapi.json", [USER]))
+    assert (heard.status, heard.raised) == (200, None)
+    assert taken(limiter) == 1
+
+
+def test_guard_that_is_put_together_wrongly(limiter, kind):
+    """It says so when it is made, and not at each request."""
+    with pytest.raises(TypeError, match="limiter must be a Limiter, got 'memory://'"):
+        GUARDS[kind][0](Saying(), "memory://")
+    with pytest.raises(TypeError, match=r"cost is a class: write FromBody\(\)"):
+        GUARDS[kind][0](Saying(), limiter, cost=FromBody)
+
+
 def test_answer_tells_the_limits_unless_the_app_does(limiter, kind):
     """Those of the tightest bucket, as the request left it."""
     heard, _ = ask(kind, limiter, cost=PRICE)
@@ -809,6 +853,17 @@ def test_cost_is_estimated_from_the_body(limiter, kind, body, charged):
     assert taken(limiter) == charged if charged is not None else 50 <= taken(limiter) <= 200
 
 
+def test_chat_is_reserved_as_the_proxy_does_it(kind):
+    """Budgets of its model bind, and of what its answer may take a bucket is asked for half of what it holds."""
+    chat = b'{"model":"gpt-4o","messages":[{"role":"user","content":"Say hello"}]}'
+    with Limiter(CAP_GLOBAL="unlimited", CAP_TEAM="unlimited", CAP_USER=100, RATE_USER=0) as limiter:
+        limiter.budgets.set("global", model="gpt-4o", capacity=GRANT, refill_per_sec=0)
+        heard, _ = ask(kind, limiter, request=Request(headers=[USER], pieces=(chat,)), cost=FromBody())
+        left = {str(state.name): state.level for state in limiter.peek(user="alice", model="gpt-4o")}
+    assert heard.status == 200
+    assert left == {"global:* on tokens of gpt-4o": GRANT - 9 - 256, "user:alice on tokens": 50}
+
+
 # --- refusals -------------------------------------------------------------------------------------------------
 
 
@@ -841,7 +896,8 @@ class NoUpstream:
 
 def proxied(kind, backend, request):
     """Return what the proxy answers to the same request, of the same buckets."""
-    config = read_config({"OPENAI_API_KEY": "sk-1", **{name: str(value) for name, value in SETTINGS.items()}})
+    settings = {"OPENAI_API_KEY": "sk-1", "TOKENGUARD_PROVIDER_LIMITS": "off", **SETTINGS}  # which has no thread
+    config = read_config({name: str(value) for name, value in settings.items()})
     root, serve = {"asgi": (asgi, serve_asgi), "wsgi": (wsgi, serve_wsgi)}[kind]
     app = root.create_app(config, NoUpstream(), backend)
     return serve(app, replace(request, path="/v1/chat/completions"))

@@ -408,3 +408,26 @@ def test_random_machine():
     run_state_machine_as_test(
         WaitingMachine, settings=settings(properties, max_examples=100, stateful_step_count=40)
     )
+
+
+def test_stir_out_of_a_finaliser_waits_for_nobody():
+    """What is given back while this very thread is at the lines is told of when it is done with them."""
+    line = Line()
+    told = []
+
+    def tell():
+        told.append(len(told))
+        if len(told) == 1:
+            line.stir([BOB])  # as a finaliser would, in the middle of it
+
+    first = line.enter([ALICE], math.inf, tell)
+    second = line.enter([BOB], math.inf, lambda: told.append("bob"))
+    line.wait_for(first, ALICE)
+    line.wait_for(second, BOB)
+
+    line.stir([ALICE])
+
+    assert told == [0, "bob"]
+    line.leave(first)
+    line.leave(second)
+    assert not line

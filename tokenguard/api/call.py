@@ -19,7 +19,7 @@ from tokenguard.metrics import Metrics
 from tokenguard.model import Answer, Decision, Head, Headers, UpstreamRequest, checked_name
 from tokenguard.provider_limits import News, ProviderLimits
 
-CALL = "tokenguard.call"
+CALL = "tokenguard.exchange"
 """Where in the ASGI scope, or in the WSGI environment, a request's call is."""
 
 SETTLE_TRIES = 3

@@ -8,6 +8,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -34,26 +35,42 @@ class LoopThread:
     """An event loop in a thread of its own, for callers who have none."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finaliser may settle while this very thread has it
+        self._under_way: set[Future[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine there and wait for what it returns."""
-        with self._lock:
+        with self._lock:  # whoever stops the thread takes on nothing more
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=self._loop.run_forever, name="tokenguard-redis", daemon=True
-                )
-                self._thread.start()
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+                self._begin()
+            assert self._loop is not None  # noqa: S101 - it has begun
+            under_way = asyncio.run_coroutine_threadsafe(work, self._loop)
+            self._under_way.add(under_way)
+        under_way.add_done_callback(self._under_way.discard)
+        try:
+            return under_way.result()
+        except BaseException:
+            under_way.cancel()  # interrupted: nobody would know of what it takes
+            raise
+
+    def _begin(self) -> None:
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, name="tokenguard-redis", daemon=True)
+        thread.start()
+        if self._loop is None:
+            self._loop, self._thread = loop, thread
+        else:  # a finaliser came in between, and has begun another
+            loop.call_soon_threadsafe(loop.stop)
 
     def stop(self) -> None:
-        """End the thread."""
+        """Let what is under way end, and end the thread."""
         with self._lock:
             loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
         if loop is not None and thread is not None:
+            wait(list(self._under_way))
+            asyncio.run_coroutine_threadsafe(loop.shutdown_asyncgens(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
             loop.close()
@@ -113,7 +130,8 @@ class RedisBackend:
         lane = self._lanes.get(loop)
         if lane is None:
             for ended in [known for known in self._lanes if known.is_closed()]:
-                del self._lanes[ended], self._ends[ended]
+                self._forget(self._lanes.pop(ended))
+                self._ends.pop(ended, None)
             link = RedisLink(self._url, self._realm.epoch_key, self._timeout_s)
             lane = self._lanes[loop] = Lane(
                 link, self._realm, self._policy, self._watch, self._timeout_s, self._count
@@ -133,9 +151,7 @@ class RedisBackend:
                 del self._lanes[loop]
                 self._ends.pop(loop, None)
                 await lane.close()
-                self._count(lane)
-                self._add(lane, {**self._counted[lane], **dict.fromkeys(_STATES, 0)})
-                del self._counted[lane]
+                self._forget(lane)
 
     # --- what it is and how it is -----------------------------------------------------------------------------
 
@@ -168,6 +184,12 @@ class RedisBackend:
         self._add(lane, {**lane.stats, "dropped": lane.dropped, **dict(zip(_STATES, states, strict=True))})
         self._add(None, {"outages": self._watch.outages})
 
+    def _forget(self, lane: Lane) -> None:
+        """Count a last time what a lane has counted, and nothing of how things are with it anymore."""
+        self._count(lane)
+        self._add(lane, {**self._counted[lane], **dict.fromkeys(_STATES, 0)})
+        del self._counted[lane]
+
     def _add(self, whose: Lane | None, now: dict[str, int]) -> None:
         with self._counting:
             before = self._counted.get(whose, {})
@@ -190,7 +212,6 @@ class RedisBackend:
     def close(self) -> None:
         """Do so for callers without an event loop, and have the other loops do so, which nobody waits for."""
         if self._thread.runs:
-            self._thread.run(self._close_lane())
             self._thread.stop()
         for loop in list(self._ends):
             with suppress(RuntimeError):  # it is closed

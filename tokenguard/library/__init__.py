@@ -12,19 +12,23 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import lru_cache
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
 from urllib.parse import unquote
 
 from tokenguard._heads import IDENTITY_HEADERS
-from tokenguard.config import Config, check_name, read_config
+from tokenguard.config import Config, read_config
 from tokenguard.engine import Engine, environment
 from tokenguard.errors import InvalidSetting, InvalidValue
+from tokenguard.exchange import Terms
 from tokenguard.library.budgets import Budgets
 from tokenguard.library.call import Call, Desk, check_model
 from tokenguard.library.decorating import Guarding
+from tokenguard.library.settings import Settings, as_typed
 from tokenguard.model import BucketState, Decision, Identity, checked_name
+from tokenguard.providers.openai import read_chat
 
 if TYPE_CHECKING:
     import httpx
@@ -71,13 +75,14 @@ class Limiter:
     Source: docs/library.md, docs/settings.md
     """
 
-    def __init__(self, url: str = "memory://", **settings: str | float) -> None:
-        place = _place(url)
-        for name in settings:
-            check_name(name)
-            if name in place:
-                raise InvalidSetting(name, f"{name} is what the URL says: give one of the two")
-        self._set_up(read_config({name: str(value) for name, value in (place | settings).items()}))
+    def __init__(self, url: str = "memory://", **settings: Unpack[Settings]) -> None:
+        place, typed = _place(url), as_typed(settings)
+        try:
+            self._set_up(read_config({**typed, **place}))
+        except InvalidSetting as error:
+            if error.field not in place:
+                raise
+            raise InvalidSetting("url", str(error).replace(error.field, "url")) from None
 
     @classmethod
     def from_env(cls) -> Self:
@@ -92,6 +97,7 @@ class Limiter:
 
     def _set_up(self, config: Config) -> None:
         self._engine = Engine(config)
+        self._terms = Terms([], self._engine.estimator)
         self._desk = Desk(self._engine.limiter, self._engine.backend.close)
         self.budgets = Budgets(self._engine.budgets, self._desk)
         self._opening = threading.Lock()
@@ -100,9 +106,11 @@ class Limiter:
         self._to_close: list[Callable[[], None]] = [self._engine.backend.close]
         self._finalizer = weakref.finalize(self._desk, _close, self._to_close)  # a call needs it as long as we do
         _limiters.add(self)
+        _desks.add(self._desk)
 
     def __repr__(self) -> str:
-        return f"<Limiter on {self._engine.backend.describe()}>"
+        closed = "closed, " if self._desk.is_closed else ""
+        return f"<Limiter {closed}on {self._engine.backend.describe()}>"
 
     # --- calls ------------------------------------------------------------------------------------------------
 
@@ -114,7 +122,7 @@ class Limiter:
         team: str | None = None,
         role: str | None = None,
         rolegroup: str | None = None,
-        model: str = "",
+        model: str | None = None,
         prompt: int | None = None,
         wait: float = 0.0,
     ) -> Call:
@@ -142,12 +150,10 @@ class Limiter:
         Raises:
             InvalidValue: An argument is out of bounds.
         """
-        return self.reserve_for(
-            _identity_of(user, team, role, rolegroup), tokens=tokens, model=model, prompt=prompt, wait=wait
-        )
+        return self._call(_identity_of(user, team, role, rolegroup), tokens, model, prompt, wait)
 
     def reserve_for(
-        self, who: Identity, *, tokens: int, model: str = "", prompt: int | None = None, wait: float = 0.0
+        self, who: Identity, *, tokens: int, model: str | None = None, prompt: int | None = None, wait: float = 0.0
     ) -> Call:
         """Do what ``reserve`` does, of an identity.
 
@@ -161,9 +167,7 @@ class Limiter:
         Raises:
             InvalidValue: An argument is out of bounds.
         """
-        if not self._is_open:
-            self._open()
-        return Call(self._desk, _identity_of(*who), model, prompt, tokens, wait)
+        return self._call(_identity_of(*who), tokens, model, prompt, wait)
 
     def try_reserve(
         self,
@@ -173,7 +177,7 @@ class Limiter:
         team: str | None = None,
         role: str | None = None,
         rolegroup: str | None = None,
-        model: str = "",
+        model: str | None = None,
         prompt: int | None = None,
         wait: float = 0.0,
     ) -> Call | Decision:
@@ -184,8 +188,7 @@ class Limiter:
         Returns:
             The call, which is to be settled, refunded or kept, be it by ``with``; or the decision that refused it.
         """
-        who = _identity_of(user, team, role, rolegroup)
-        call = self.reserve_for(who, tokens=tokens, model=model, prompt=prompt, wait=wait)
+        call = self._call(_identity_of(user, team, role, rolegroup), tokens, model, prompt, wait)
         return call.attempt()
 
     async def try_reserve_async(
@@ -196,7 +199,7 @@ class Limiter:
         team: str | None = None,
         role: str | None = None,
         rolegroup: str | None = None,
-        model: str = "",
+        model: str | None = None,
         prompt: int | None = None,
         wait: float = 0.0,
     ) -> Call | Decision:
@@ -207,9 +210,13 @@ class Limiter:
         Returns:
             Likewise.
         """
-        who = _identity_of(user, team, role, rolegroup)
-        call = self.reserve_for(who, tokens=tokens, model=model, prompt=prompt, wait=wait)
+        call = self._call(_identity_of(user, team, role, rolegroup), tokens, model, prompt, wait)
         return await call.attempt_soon()
+
+    def _call(self, who: Identity, tokens: int, model: str | None, prompt: int | None, wait: float) -> Call:
+        if not self._is_open:
+            self._open()
+        return Call(self._desk, who, model, prompt, tokens, wait)
 
     def peek(
         self,
@@ -218,7 +225,7 @@ class Limiter:
         team: str | None = None,
         role: str | None = None,
         rolegroup: str | None = None,
-        model: str = "",
+        model: str | None = None,
     ) -> tuple[BucketState, ...]:
         """Return every bucket on a call's path as it is now, from ``global`` down to the user's; change nothing.
 
@@ -231,10 +238,10 @@ class Limiter:
         if not self._is_open:
             self._open()
         check_model(model)
-        return self._engine.limiter.peek(_identity_of(user, team, role, rolegroup), model)
+        return self._engine.limiter.peek(_identity_of(user, team, role, rolegroup), model or "")
 
     def estimate(
-        self, request: bytes | str | Mapping[str, Any], *, user: str = "", team: str | None = None
+        self, request: bytes | bytearray | str | Mapping[str, Any], *, user: str = "", team: str | None = None
     ) -> Ask:
         """Return what to reserve for a chat completion, as the proxy estimates it.
 
@@ -249,10 +256,9 @@ class Limiter:
         Raises:
             InvalidValue: It is no request for a chat completion.
         """
-        body = request if isinstance(request, bytes | str) else json.dumps(request)
-        raw = body.encode() if isinstance(body, str) else body
-        model, estimate = self._guards_of_clients().estimate(raw, team, user)
-        return {"tokens": estimate.total, "prompt": estimate.prompt, "model": model}
+        asked = read_chat(_body_of(request))
+        estimate = self._terms.estimate(asked, team, user)
+        return {"tokens": estimate.total, "prompt": estimate.prompt, "model": asked.model}
 
     def guard(
         self,
@@ -262,7 +268,7 @@ class Limiter:
         team: str | Callable[..., str | None] | None = None,
         role: str | Callable[..., str | None] | None = None,
         rolegroup: str | Callable[..., str | None] | None = None,
-        model: str | Callable[..., str] = "",
+        model: str | Callable[..., str | None] | None = None,
         wait: float = 0.0,
         used: Callable[[Any], int] | None = None,
     ) -> Guarding:
@@ -316,9 +322,7 @@ class Limiter:
         """
         from tokenguard.library.clients import GuardedClient  # whoever has no use for it need not load it
 
-        return GuardedClient(
-            self._guards_of_clients(), self._desk, _fields(user, team, role, rolegroup), **options
-        )
+        return self._client(GuardedClient, _fields(user, team, role, rolegroup), options)
 
     def httpx_async_client(
         self,
@@ -329,15 +333,13 @@ class Limiter:
         rolegroup: str | None = None,
         **options: Any,  # noqa: ANN401 - its own
     ) -> httpx.AsyncClient:
-        """Return the same for ``AsyncOpenAI(http_client=…)``: an ``httpx.AsyncClient``.
+        """Return an ``httpx.AsyncClient`` that guards every chat completion: ``AsyncOpenAI(http_client=…)``.
 
         Takes what ``httpx_client`` takes, and raises what that does.
         """
         from tokenguard.library.clients import AsyncGuardedClient  # whoever has no use for it need not load it
 
-        return AsyncGuardedClient(
-            self._guards_of_clients(), self._desk, _fields(user, team, role, rolegroup), **options
-        )
+        return self._client(AsyncGuardedClient, _fields(user, team, role, rolegroup), options)
 
     def httpx2_client(
         self,
@@ -348,9 +350,9 @@ class Limiter:
         rolegroup: str | None = None,
         **options: Any,  # noqa: ANN401 - its own
     ) -> httpx2.Client:
-        """Return the same as an ``httpx2.Client``, which openai's SDK is built upon from its version 3 on.
+        """Return an ``httpx2.Client`` that guards every chat completion, for openai's SDK from its version 3 on.
 
-        Takes what ``httpx_client`` takes.
+        Takes what ``httpx_client`` takes, and does what that does.
 
         Raises:
             InvalidValue: A name is out of bounds.
@@ -358,9 +360,7 @@ class Limiter:
         """
         from tokenguard.library.clients2 import GuardedClient  # whoever has no use for it need not load it
 
-        return GuardedClient(
-            self._guards_of_clients(), self._desk, _fields(user, team, role, rolegroup), **options
-        )
+        return self._client(GuardedClient, _fields(user, team, role, rolegroup), options)
 
     def httpx2_async_client(
         self,
@@ -371,15 +371,13 @@ class Limiter:
         rolegroup: str | None = None,
         **options: Any,  # noqa: ANN401 - its own
     ) -> httpx2.AsyncClient:
-        """Return the same for ``AsyncOpenAI(http_client=…)``: an ``httpx2.AsyncClient``.
+        """Return an ``httpx2.AsyncClient`` that guards every chat completion: ``AsyncOpenAI(http_client=…)``.
 
         Takes what ``httpx_client`` takes, and raises what ``httpx2_client`` does.
         """
         from tokenguard.library.clients2 import AsyncGuardedClient  # whoever has no use for it need not load it
 
-        return AsyncGuardedClient(
-            self._guards_of_clients(), self._desk, _fields(user, team, role, rolegroup), **options
-        )
+        return self._client(AsyncGuardedClient, _fields(user, team, role, rolegroup), options)
 
     def _client(self, kind: Callable[..., R], who: Mapping[bytes, bytes], options: Mapping[str, Any]) -> R:
         return kind(self._guards_of_clients(), self._desk, who, **options)
@@ -393,6 +391,7 @@ class Limiter:
             self._desk.check_open()
             if self._guards is None:
                 self._guards = Guards(self._engine)
+                self._guards.open()
                 self._to_close.insert(0, self._guards.close)
             return self._guards
 
@@ -403,6 +402,8 @@ class Limiter:
             self._desk.check_open()
             if not self._is_open:
                 self._engine.backend.open()
+                if self._guards is not None:
+                    self._guards.open()  # of the process that this one was forked off
                 self._is_open = True
 
     def close(self) -> None:
@@ -446,16 +447,31 @@ class Limiter:
         await self.aclose()
 
 
+def _body_of(request: bytes | bytearray | str | Mapping[str, Any]) -> bytes:
+    """Return a request as it travels.
+
+    Raises:
+        InvalidValue: It cannot.
+    """
+    try:
+        if isinstance(request, bytes | bytearray):
+            return bytes(request)
+        return (request if isinstance(request, str) else json.dumps(dict(request))).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidValue("request", f"request must be what JSON can say: {error}") from None
+
+
 def _close(what: list[Callable[[], None]]) -> None:
     if threading.current_thread().name.startswith("tokenguard-"):
         # NOTE: it is one of those that are to end, and came upon a limiter that is garbage.
         threading.Thread(target=_close, args=(what,), name="closing-tokenguard").start()
         return
-    for close in what:
-        close()
+    with ExitStack() as closing:
+        for close in reversed(what):
+            closing.callback(close)  # all of them, whatever one raises
 
 
-def _place(url: str) -> dict[str, str | float]:
+def _place(url: str) -> dict[str, str]:
     """Return the settings that a URL stands for.
 
     Raises:
@@ -502,13 +518,16 @@ def _fields(*parts: str | None) -> dict[bytes, bytes]:
 
 
 _limiters: weakref.WeakSet[Limiter] = weakref.WeakSet()
+_desks: weakref.WeakSet[Desk] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
     for limiter in list(_limiters):
         limiter._opening = threading.Lock()  # noqa: SLF001 - of this module
         limiter._is_open = False  # noqa: SLF001 - of this module
-        limiter._desk.line.forget()  # noqa: SLF001 - of this module
+    for desk in list(_desks):
+        desk.forks += 1
+        desk.line.forget()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -9,6 +9,7 @@ cdef class Desk:
     cdef readonly Limiter limiter
     cdef readonly object line
     cdef readonly bint is_closed
+    cdef public long forks
     cdef object _end
     cdef object __weakref__
 
@@ -31,6 +32,9 @@ cdef class Call:
     cdef object _settling
     cdef bint _spent
     cdef bint _soon
+    cdef bint _is_asked_for
+    cdef bint _is_made
+    cdef long _forks
 
     @cython.locals(taken=Reservation)
     cpdef settle(self, tokens)
@@ -38,11 +42,12 @@ cdef class Call:
     cpdef refund(self)
     cpdef keep(self)
     cpdef attempt(self)
+    cdef _ask(self)
     cdef _begun(self, taken)
     cdef Reservation _taken(self)
     cdef _settle(self, Reservation taken, tokens)
     @cython.locals(taken=Reservation)
-    cdef _end(self, bint failed)
+    cdef _end(self, kind)
 
 
 cpdef check_tokens(field, tokens)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
+from queue import Empty, SimpleQueue
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
@@ -17,7 +17,7 @@ from tokenguard import refusal
 from tokenguard.errors import AlreadySettled, InvalidValue, TableBusy, TokenGuardError
 from tokenguard.library.waiting import Line, Turn
 from tokenguard.limiter import Limiter, Reservation
-from tokenguard.model import BucketName, Decision, Headers, Identity
+from tokenguard.model import BucketName, Decision, Headers, Identity, checked_name
 from tokenguard.plan import Plan
 
 MAX_TOKENS = 10**12
@@ -55,7 +55,7 @@ class BudgetExceeded(TokenGuardError):
 
 
 class Unsettled(UserWarning):
-    """A block was left, and nobody had said what its call took: what was reserved stays spent."""
+    """A block was left, and nobody had said what its call took; or it was never begun."""
 
 
 class Desk:
@@ -69,12 +69,14 @@ class Desk:
         limiter: Likewise.
         line: Those who wait.
         is_closed: Whether nothing is reserved anymore.
+        forks: How many times the process was forked off another since it was made.
     """
 
     def __init__(self, limiter: Limiter, end: Callable[[], None]) -> None:
         self.limiter = limiter
         self.line = Line()
         self.is_closed = False
+        self.forks = 0
         self._end = end
 
     def close(self) -> None:
@@ -95,17 +97,17 @@ class Desk:
         """Reserve, and wait for it if need be; return the last refusal if that was in vain."""
         if not wait_s:
             return self._reserve(who, model, prompt, tokens)
-        told = threading.Event()
-        with self._turn(who, model, wait_s, told.set) as turn:
+        told: SimpleQueue[None] = SimpleQueue()  # whose put may come out of a finaliser, in the midst of a get
+        with self._turn(who, model, wait_s, partial(told.put, None)) as turn:
             while (pause_s := turn.pause_s(monotonic())) >= 0:
                 if pause_s:
-                    told.wait(min(pause_s, LONGEST_SLEEP_S))
-                    told.clear()
+                    _sleep(told, min(pause_s, LONGEST_SLEEP_S))
                 else:
                     taken = self._reserve(who, model, prompt, tokens)
                     if isinstance(taken, Reservation) or not turn.refused(taken, monotonic()):
                         return taken
-            return turn.in_vain(self.limiter.look(who, model, prompt, tokens), monotonic())
+            seen = turn.in_vain(self.limiter.look(who, model, prompt, tokens), monotonic())
+        return self._reserve(who, model, prompt, tokens) if seen.allowed else seen
 
     async def take_soon(
         self, who: Identity, model: str, prompt: int, tokens: int, wait_s: float
@@ -122,7 +124,7 @@ class Desk:
         with self._turn(who, model, wait_s, tell, loop.is_closed) as turn:
             while (pause_s := turn.pause_s(monotonic())) >= 0:
                 if pause_s:
-                    await _sleep(told, min(pause_s, LONGEST_SLEEP_S))
+                    await _sleep_soon(told, min(pause_s, LONGEST_SLEEP_S))
                 else:
                     taken = await self._reserve_soon(who, model, prompt, tokens)
                     if isinstance(taken, Reservation) or not turn.refused(taken, monotonic()):
@@ -131,7 +133,8 @@ class Desk:
                 seen = await asyncio.to_thread(self.limiter.look, who, model, prompt, tokens)
             else:
                 seen = self.limiter.look(who, model, prompt, tokens)
-            return turn.in_vain(seen, monotonic())
+            seen = turn.in_vain(seen, monotonic())
+        return await self._reserve_soon(who, model, prompt, tokens) if seen.allowed else seen
 
     def _reserve(self, who: Identity, model: str, prompt: int, tokens: int) -> Reservation | Decision:
         self.check_open()
@@ -167,7 +170,14 @@ def names_of(plan: Plan) -> list[BucketName]:
     return [budget.name for budget in plan.budgets]
 
 
-async def _sleep(told: asyncio.Event, seconds: float) -> None:
+def _sleep(told: SimpleQueue[None], seconds: float) -> None:
+    with suppress(Empty):
+        told.get(timeout=seconds)
+        while True:
+            told.get_nowait()
+
+
+async def _sleep_soon(told: asyncio.Event, seconds: float) -> None:
     try:
         async with asyncio.timeout(seconds):
             await told.wait()
@@ -181,14 +191,15 @@ class Call:
 
     ``with`` and ``async with`` do the same; within ``async with`` nothing holds up the event loop, and the block's
     end waits until the buckets are up to date. An exception gives everything back but the request itself, unless
-    the call had been settled before.
+    the call had been settled before; a block that is ended from outside, as by a cancelled task, a generator that
+    is closed or Ctrl-C, keeps the estimate as spent.
 
     Attributes:
         tokens: The estimate, in tokens.
     """
 
     def __init__(
-        self, desk: Desk, who: Identity, model: str, prompt: int | None, tokens: int, wait: float
+        self, desk: Desk, who: Identity, model: str | None, prompt: int | None, tokens: int, wait: float
     ) -> None:
         check_tokens("tokens", tokens)
         if prompt is not None:
@@ -196,16 +207,19 @@ class Call:
             if prompt > tokens:
                 raise InvalidValue("prompt", f"prompt must be at most tokens, {tokens}, got {prompt}")
         check_model(model)
+        self._wait_s = _seconds(wait)
         self.tokens = tokens
         self._prompt = tokens if prompt is None else prompt
         self._desk = desk
         self._who = who
-        self._model = model
-        self._wait_s = _seconds(wait)
+        self._model = model or ""
         self._reservation: Reservation | None = None
         self._settling: asyncio.Future[Any] | None = None
         self._spent = False
         self._soon = False
+        self._is_asked_for = False
+        self._forks = 0
+        self._is_made = True  # whose arguments were in order
 
     def __repr__(self) -> str:
         taken = self._reservation
@@ -282,16 +296,24 @@ class Call:
             self._desk.given_back(taken)
 
     def attempt(self) -> Self | Decision:
-        """Reserve; return the call, or the decision that refused it."""
+        """Reserve; return the call, or the decision that refused it. A call is reserved once."""
+        self._ask()
         return self._begun(self._desk.take(self._who, self._model, self._prompt, self.tokens, self._wait_s))
 
     async def attempt_soon(self) -> Self | Decision:
         """Do so without holding up an event loop."""
         desk = self._desk
-        self._soon = True
         if not self._wait_s and not desk.limiter.waits:
             return self.attempt()  # PERF: two coroutines take as long as to reserve; row "library, async with"
+        self._ask()
+        self._soon = True
         return self._begun(await desk.take_soon(self._who, self._model, self._prompt, self.tokens, self._wait_s))
+
+    def _ask(self) -> None:
+        if self._is_asked_for:
+            raise RuntimeError("a call is reserved once, and this one was, or is being: ask for another")
+        self._is_asked_for = True
+        self._forks = self._desk.forks
 
     def _begun(self, taken: Reservation | Decision) -> Self | Decision:
         if isinstance(taken, Decision):
@@ -320,33 +342,45 @@ class Call:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end(kind is not None)
+        self._end(kind)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end(kind is not None)
+        self._end(kind)
         if self._settling is not None:
             await self.settled()
 
     def __del__(self) -> None:
-        self._end(False)
+        if self._is_made and not self._is_asked_for:
+            warnings.warn(
+                "a call that reserve() returned was never begun: nothing was reserved, and nothing guarded. Use "
+                "`with` or `async with`",
+                Unsettled,
+                stacklevel=1,
+            )
+        self._end(None)
 
-    def _end(self, failed: bool) -> None:
+    def _end(self, kind: type[BaseException] | None) -> None:
+        """See to what nobody has said what to do with.
+
+        What ends a block from outside, such as a cancelled task or a generator that nobody reads on, is as if a
+        caller hung up: the provider may have been paid.
+        """
         taken = self._reservation
-        if taken is None or not taken.is_open:
+        if taken is None or not taken.is_open or self._forks != self._desk.forks:  # it is the parent process's
             return
-        if failed and not self._spent:
+        if kind is not None and issubclass(kind, Exception) and not self._spent:
             try:
                 self._settle(taken, 0)
             except TableBusy as busy:
                 _log.warning("%s: %d tokens that were reserved for %s stay spent", busy, self.tokens, self._who)
             return
         taken.close()
-        if not failed:
+        if kind is None:
             warnings.warn(
-                f"a call ended without call.settle(): the estimate of {self.tokens} tokens stays spent. Settle it "
-                "at what it took, or say call.keep()",
+                "a call ended without call.settle(): its estimate stays spent. Settle it at what it took, or say "
+                "call.keep()",
                 Unsettled,
                 stacklevel=1,  # compiled, nothing stands between here and whoever left the block
             )
@@ -374,14 +408,24 @@ def check_tokens(field: str, tokens: int) -> None:
         raise InvalidValue(field, f"{field} must be a whole number from 0 to 10^12, got {tokens!r}")
 
 
-def check_model(model: str) -> None:
+def check_model(model: str | None) -> None:
     """Refuse what is no model.
 
     Raises:
         InvalidValue: It is not.
     """
+    if model is not None:
+        try:
+            _checked_model(model)
+        except TypeError:  # it cannot even be looked up
+            raise InvalidValue("model", f"model must be a string, got {model!r}") from None
+
+
+@lru_cache(1024)
+def _checked_model(model: str) -> None:
     if not isinstance(model, str):
         raise InvalidValue("model", f"model must be a string, got {model!r}")
+    checked_name("model", model)
 
 
 def _seconds(wait: object) -> float:

@@ -19,12 +19,12 @@ from typing import Any, ClassVar
 
 from tokenguard import refusal
 from tokenguard._heads import IDENTITY_HEADERS, NOT_TO_CALLER, REQUEST_ID
-from tokenguard.api.call import Call, CallSoon, answer_to
+from tokenguard.api.call import Call, CallSoon, Guard, answer_to
 from tokenguard.engine import Engine
 from tokenguard.errors import TokenGuardError, UpstreamError
-from tokenguard.estimate import Estimate
+from tokenguard.library.call import Desk
 from tokenguard.model import Answer, Headers, UpstreamRequest
-from tokenguard.providers.openai import CHAT_PATH, read_chat
+from tokenguard.providers.openai import CHAT_PATH
 from tokenguard.upstream import unusable, usable
 from tokenguard.upstream.httpx_hop import broken_off, unanswered
 from tokenguard.wiring import House
@@ -51,17 +51,11 @@ class Guards:
     def __init__(self, engine: Engine) -> None:
         self._house = House(engine)
         self.guard = self._house.guard
+
+    def open(self) -> None:
+        """Begin what goes on beside the calls, if it does not yet."""
         if self._house.provider_limits is not None:
             self._house.provider_limits.start()
-
-    def estimate(self, body: bytes, team: str | None, user: str) -> tuple[str, Estimate]:
-        """Return which model a request asks, and what it is expected to take.
-
-        Raises:
-            InvalidRequest: The body is none.
-        """
-        request = read_chat(body)
-        return request.model, self._house.terms.estimate(request, team, user)
 
     def close(self) -> None:
         """End what goes on beside the calls."""
@@ -70,10 +64,26 @@ class Guards:
 
 
 class _Told:
-    """What a call is, where its program is told of all that happens by what is returned and raised."""
+    """What a call is, where its program is told of all that happens by what is returned and raised.
+
+    Args:
+        guard: Guards it.
+        desk: Where others may wait for what it gives back.
+    """
+
+    def __init__(self, guard: Guard, desk: Desk) -> None:
+        super().__init__(guard, _new_id())  # type: ignore[call-arg]  # a call's
+        self._desk = desk
+        self._forks = desk.forks
 
     def _blame(self, what: str) -> None:
         """Log nothing."""
+
+    def over(self) -> None:
+        """Settle what is not settled, unless another process will; let those ask again who wait."""
+        if self._forks == self._desk.forks:
+            super().over()  # type: ignore[misc]  # a call's
+            self._desk.line.stir()
 
 
 class _Call(_Told, Call):
@@ -199,7 +209,7 @@ class Sending:
 
     Args:
         guards: What guards them.
-        keeps: What must live as long as the client does.
+        desk: What the client needs to be open.
         who: The header fields that say who calls.
         options: What the client takes.
     """
@@ -208,10 +218,10 @@ class Sending:
     body: ClassVar[type[GuardedBody]]
     is_closed: bool
 
-    def __init__(self, guards: Guards, keeps: object, who: Mapping[bytes, bytes], **options: Any) -> None:  # noqa: ANN401 - kin's
+    def __init__(self, guards: Guards, desk: Desk, who: Mapping[bytes, bytes], **options: Any) -> None:  # noqa: ANN401 - kin's
         super().__init__(**options)
         self._guard = guards.guard
-        self._keeps = keeps
+        self._desk = desk
         self._who = who
 
     def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:  # noqa: ANN401 - kin's
@@ -222,7 +232,8 @@ class Sending:
                 return _response(self.kin, refused, request)
         if self.is_closed or not _is_guarded(request):  # what is closed says so, and takes nothing
             return super().send(request, stream=stream, **options)  # type: ignore[misc]  # a client's
-        call = _Call(self._guard, _new_id())
+        self._desk.check_open()
+        call = _Call(self._guard, self._desk)
         try:
             response = self._passed(call, request, options)
         except BaseException:
@@ -309,7 +320,7 @@ class SendingSoon:
 
     Args:
         guards: What guards them.
-        keeps: What must live as long as the client does.
+        desk: What the client needs to be open.
         who: The header fields that say who calls.
         options: What the client takes.
     """
@@ -318,10 +329,10 @@ class SendingSoon:
     body: ClassVar[type[GuardedBodySoon]]
     is_closed: bool
 
-    def __init__(self, guards: Guards, keeps: object, who: Mapping[bytes, bytes], **options: Any) -> None:  # noqa: ANN401 - kin's
+    def __init__(self, guards: Guards, desk: Desk, who: Mapping[bytes, bytes], **options: Any) -> None:  # noqa: ANN401 - kin's
         super().__init__(**options)
         self._guard = guards.guard
-        self._keeps = keeps
+        self._desk = desk
         self._who = who
 
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:  # noqa: ANN401 - kin's
@@ -332,7 +343,8 @@ class SendingSoon:
                 return _response(self.kin, refused, request)
         if self.is_closed or not _is_guarded(request):  # what is closed says so, and takes nothing
             return await super().send(request, stream=stream, **options)  # type: ignore[misc]  # a client's
-        call = _CallSoon(self._guard, _new_id())
+        self._desk.check_open()
+        call = _CallSoon(self._guard, self._desk)
         try:
             response = await self._passed(call, request, options)
         except BaseException:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 import threading
 from bisect import insort
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from operator import attrgetter
 
@@ -24,6 +27,7 @@ class Line:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._to_do: deque[Callable[[], None]] = deque()
         self._numbers = count()
         self._waiting: dict[BucketName, list[Turn]] = {}
 
@@ -35,7 +39,7 @@ class Line:
         for line in self._waiting.values():
             for turn in line:
                 turn.at = None
-        self._lock, self._waiting = threading.Lock(), {}
+        self._lock, self._to_do, self._waiting = threading.Lock(), deque(), {}
 
     def enter(
         self,
@@ -57,13 +61,38 @@ class Line:
     def stir(self, names: Collection[BucketName] | None = None) -> None:
         """Let those ask again who wait first for one of some buckets, or of any: there may be more in it."""
         if self._waiting:
-            with self._lock:
-                for name in list(self._waiting) if names is None else names:
-                    self._tell_first(name)
+            self._do(partial(self._stir, names))
+
+    def leave(self, turn: Turn) -> None:
+        """Have it wait no more."""
+        self._do(partial(self._leave, turn))
+
+    def _do(self, what: Callable[[], None]) -> None:
+        """Do something now, or have whoever has the lock do it.
+
+        NOTE: it may come out of a finaliser or a signal, while this very thread has the lock.
+        """
+        self._to_do.append(what)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        while self._to_do and self._lock.acquire(blocking=False):
+            try:
+                while self._to_do:
+                    self._to_do.popleft()()
+            finally:
+                self._lock.release()
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Have the lock for a while; then do what others would have done meanwhile."""
+        with self._lock:
+            yield
+        self._catch_up()
 
     def is_first(self, turn: Turn) -> bool:
         """Return whether nobody waits ahead for a bucket that it needs; else it waits behind them from now on."""
-        with self._lock:
+        with self._held():
             for name in turn.names if self._waiting else ():
                 first = self._first(name)
                 if first is not None and first.number < turn.number:
@@ -73,19 +102,18 @@ class Line:
 
     def again_s(self, name: BucketName) -> float:
         """Return when whoever waits first for a bucket asks again, unless told before; infinity for never."""
-        with self._lock:
+        with self._held():
             first = self._first(name)
             return math.inf if first is None else first.again_s
 
     def wait_for(self, turn: Turn, name: BucketName) -> bool:
         """Have it wait for a bucket; return whether it did not before."""
-        with self._lock:
+        with self._held():
             return self._move(turn, name)
 
-    def leave(self, turn: Turn) -> None:
-        """Have it wait no more."""
-        with self._lock:
-            self._leave(turn)
+    def _stir(self, names: Collection[BucketName] | None) -> None:
+        for name in list(self._waiting) if names is None else names:
+            self._tell_first(name)
 
     def _move(self, turn: Turn, name: BucketName) -> bool:
         if turn.at == name:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import random
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from tokenguard import refusal
 from tokenguard.api.environ import CallerGone, check_body
 from tokenguard.errors import TokenGuardError
 from tokenguard.library import Limiter
 from tokenguard.library.call import Call
 from tokenguard.middleware.asking import CALL, Asking, Cost, IdentifySoon, Request, by_headers
-from tokenguard.middleware.ending import Ending, error_answer, fields_of
+from tokenguard.middleware.ending import Ending, error_answer, fields_of, refuse
 from tokenguard.model import Answer, Decision
 
 Scope = MutableMapping[str, Any]
@@ -92,7 +90,7 @@ class ASGIGuard:
         if who is None:
             return await self._app(scope, receive, send)
         if isinstance(call, Decision):
-            return await _answer(scope, send, refusal.refuse(call, random.random()))  # noqa: S311 - no secret
+            return await _answer(scope, send, refuse(call))
         return await self._guarded(call, scope, receive, send)
 
     async def _guarded(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:

@@ -106,6 +106,10 @@ class Asking:
     """
 
     def __init__(self, limiter: Limiter, cost: Cost) -> None:
+        if not isinstance(limiter, Limiter):
+            raise TypeError(f"limiter must be a Limiter, got {limiter!r}")
+        if isinstance(cost, type):
+            raise TypeError(f"cost is a class: write {cost.__name__}()")
         if not callable(cost) and not isinstance(cost, FromBody):
             check_tokens("cost", cost)
         self._limiter = limiter
@@ -129,10 +133,24 @@ class Asking:
         if isinstance(cost, int):
             return {"tokens": cost}
         if not isinstance(cost, FromBody):
-            return {"tokens": cost(request)}
+            return {"tokens": _returned(cost, request)}
         if cost.estimate is not None:
-            return {"tokens": cost.estimate(request)}
+            return {"tokens": _returned(cost.estimate, request)}
         try:
             return {**self._limiter.estimate(request.body, user=who.user, team=who.team)}
         except InvalidValue:
             return {"tokens": -(-weigh(request.body) // TOKEN)}
+
+
+def _returned(cost: Callable[[Request], int], request: Request) -> int:
+    """Return what a function of the app's says, whose mistakes are not the caller's.
+
+    Raises:
+        TypeError: It is no number of tokens.
+    """
+    tokens = cost(request)
+    try:
+        check_tokens("cost", tokens)
+    except InvalidValue as error:
+        raise TypeError(str(error)) from None
+    return tokens

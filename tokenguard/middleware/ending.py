@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import random
 from contextlib import suppress
 
 from tokenguard import refusal
 from tokenguard.errors import AlreadySettled, BackendDown, TableBusy, TokenGuardError
-from tokenguard.library.call import Call
-from tokenguard.model import Answer, Headers
+from tokenguard.library.call import BudgetExceeded, Call
+from tokenguard.model import Answer, Decision, Headers
 from tokenguard.providers.openai import EventStream, JsonAnswer
 
 _PLAIN = (b"", b"identity")
@@ -100,10 +101,17 @@ class Ending:
 
 def error_answer(error: TokenGuardError) -> Answer:
     """Return the answer to a request that cannot be decided upon; log the error if it is not the caller's."""
+    if isinstance(error, BudgetExceeded):  # of an app that reserves by itself, to know who asks
+        return refuse(error.decision)
     answer = refusal.error_answer(error)
     if answer.status >= 500 and not isinstance(error, BackendDown):  # the backend logs its beginning and its end
         _log.warning("%s", error)
     return answer
+
+
+def refuse(decision: Decision) -> Answer:
+    """Return the 429 for a refused request."""
+    return refusal.refuse(decision, random.random())  # noqa: S311 - no secret
 
 
 def fields_of(answer: Answer) -> Headers:

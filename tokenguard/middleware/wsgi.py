@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
 from io import BytesIO
 from typing import Any
 
-from tokenguard import refusal
 from tokenguard.api.environ import CallerGone, read_body
 from tokenguard.errors import InvalidRequest, TokenGuardError
 from tokenguard.library import Limiter
 from tokenguard.library.call import Call
 from tokenguard.middleware.asking import CALL, Asking, Cost, Identify, Request, by_headers
-from tokenguard.middleware.ending import Ending, error_answer, fields_of
+from tokenguard.middleware.ending import Ending, error_answer, fields_of, refuse
 from tokenguard.model import Answer, Decision
 
 Environ = dict[str, Any]
@@ -62,8 +60,7 @@ class WSGIGuard:
         if who is None:
             return self._app(environ, start_response)
         if isinstance(call, Decision):
-            answer = refusal.refuse(call, random.random())  # noqa: S311 - no secret
-            return _answer(environ, start_response, answer)
+            return _answer(environ, start_response, refuse(call))
         return self._guarded(call, environ, start_response)
 
     def _guarded(self, call: Call, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
@@ -143,6 +140,10 @@ def _request(environ: Environ) -> Request:
     )
 
 
+MAX_DIGITS = 18
+"""Of a content-length: what is longer is none."""
+
+
 def _body(environ: Environ, max_bytes: int) -> bytes:
     """Return the body of a request, and leave the app one to read.
 
@@ -152,7 +153,7 @@ def _body(environ: Environ, max_bytes: int) -> bytes:
         CallerGone: It did not come to its end.
     """
     given = environ.get("CONTENT_LENGTH") or None
-    if given is not None and not given.isdecimal():
+    if given is not None and not (given.isdecimal() and len(given) <= MAX_DIGITS):
         raise InvalidRequest("content-length", f"content-length must be a whole number, got {given[:80]!r}")
     body = read_body(environ, None if given is None else int(given), max_bytes)
     environ["wsgi.input"] = BytesIO(body)
