@@ -681,7 +681,7 @@ def test_client_keeps_a_forgotten_limiter_open(kind, fake, upstream_url, user, t
     caplog.clear()  # it told of the state that it went on from
 
 
-@pytest.mark.parametrize("limiter", ["memory"], indirect=True)
+@only_memory
 def test_call_that_gives_back_wakes_who_waits(faced, rogue, limiter, user):
     """A call of the library's that waits for what a client's call has reserved is served when that is settled."""
     served = []
@@ -701,7 +701,6 @@ def test_call_that_gives_back_wakes_who_waits(faced, rogue, limiter, user):
         served.pop().result(30)
 
 
-@only_memory
 def test_client_of_a_closed_limiter(kind, upstream_url, user, fake):
     """It sends nothing, and says so."""
     limiter = limiting()
