@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import signal
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import pytest
 import uvloop
 
 from tests.nodes import until
+from tests.processes import stopped
 from tokenguard import BackendDown, BudgetExceeded, Decision, InvalidValue, Limiter, Unsettled
 
 PATIENCE_S = 20
@@ -117,6 +119,25 @@ def test_calls_are_settled_while_the_limiter_is_closed(redis_server):
                 settled.result(PATIENCE_S)
         with Limiter(redis_server.url, **settings) as later:
             assert level(later) == 1000 - 10 * len(calls)
+
+
+def test_interrupted_reserve_takes_nothing(server):
+    """Ctrl-C while Redis is thinking leaves no call, and nothing that was taken for it."""
+    with Limiter(server.url, CAP_USER=1000, RATE_USER=0, TOKENGUARD_REDIS_TIMEOUT_S=PATIENCE_S) as limiter:
+        assert level(limiter) == 1000
+        backend = limiter._engine.backend
+
+        def interrupt():
+            until(lambda: backend._thread._under_way, "nobody asks")
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+        with ThreadPoolExecutor(1) as threads:
+            with stopped([server.process.pid]):
+                interrupting = threads.submit(interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    limiter.try_reserve(user="alice", tokens=100)
+            interrupting.result(PATIENCE_S)
+        assert level(limiter) == 1000
 
 
 def test_async_block_ends_when_it_is_settled(limiter, run):
