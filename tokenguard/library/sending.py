@@ -204,8 +204,32 @@ def _new_id() -> str:
     return os.urandom(16).hex()
 
 
-class Sending:
-    """Makes a client guard every chat completion.
+class _Body:
+    """The body of an answer, read on the way.
+
+    Args:
+        kin: httpx, or its kin.
+        call: The call.
+        stream: What the body comes from.
+    """
+
+    def __init__(self, kin: ModuleType, call: Call, stream: Any) -> None:  # noqa: ANN401 - kin's
+        self._kin = kin
+        self._call = call
+        self._stream = stream
+
+    @property
+    def elapsed(self) -> timedelta | None:
+        """How long it took, once it is closed: where httpx2 looks for it."""
+        elapsed: timedelta | None = getattr(self._stream, "elapsed", None)
+        return elapsed
+
+    def __del__(self) -> None:
+        self._call.over()  # nobody closed it
+
+
+class _Client:
+    """What makes a client guard every chat completion.
 
     Args:
         guards: What guards them.
@@ -215,7 +239,6 @@ class Sending:
     """
 
     kin: ClassVar[ModuleType]
-    body: ClassVar[type[GuardedBody]]
     is_closed: bool
 
     def __init__(self, guards: Guards, desk: Desk, who: Mapping[bytes, bytes], **options: Any) -> None:  # noqa: ANN401 - kin's
@@ -223,6 +246,12 @@ class Sending:
         self._guard = guards.guard
         self._desk = desk
         self._who = who
+
+
+class Sending(_Client):
+    """What a client for threads does."""
+
+    body: ClassVar[type[GuardedBody]]
 
     def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:  # noqa: ANN401 - kin's
         """Guard a request and send it; a refusal is a response."""
@@ -267,25 +296,10 @@ class Sending:
         return response
 
 
-class GuardedBody:
-    """The body of an answer, read on the way.
+class GuardedBody(_Body):
+    """The same, for threads."""
 
-    Args:
-        kin: httpx, or its kin.
-        call: The call.
-        stream: What the body comes from.
-    """
-
-    def __init__(self, kin: ModuleType, call: _Call, stream: Any) -> None:  # noqa: ANN401 - kin's
-        self._kin = kin
-        self._call = call
-        self._stream = stream
-
-    @property
-    def elapsed(self) -> timedelta | None:
-        """How long it took, once it is closed: where httpx2 looks for it."""
-        elapsed: timedelta | None = getattr(self._stream, "elapsed", None)
-        return elapsed
+    _call: _Call
 
     def __iter__(self) -> Iterator[bytes]:
         call = self._call
@@ -311,29 +325,11 @@ class GuardedBody:
         finally:
             self._stream.close()
 
-    def __del__(self) -> None:
-        self._call.over()  # nobody closed it
 
+class SendingSoon(_Client):
+    """What an asynchronous client does."""
 
-class SendingSoon:
-    """Makes an asynchronous client guard every chat completion.
-
-    Args:
-        guards: What guards them.
-        desk: What the client needs to be open.
-        who: The header fields that say who calls.
-        options: What the client takes.
-    """
-
-    kin: ClassVar[ModuleType]
     body: ClassVar[type[GuardedBodySoon]]
-    is_closed: bool
-
-    def __init__(self, guards: Guards, desk: Desk, who: Mapping[bytes, bytes], **options: Any) -> None:  # noqa: ANN401 - kin's
-        super().__init__(**options)
-        self._guard = guards.guard
-        self._desk = desk
-        self._who = who
 
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:  # noqa: ANN401 - kin's
         """Guard a request and send it; a refusal is a response."""
@@ -385,25 +381,10 @@ class SendingSoon:
         return response
 
 
-class GuardedBodySoon:
-    """The body of an answer, read on the way.
+class GuardedBodySoon(_Body):
+    """The same, for tasks."""
 
-    Args:
-        kin: httpx, or its kin.
-        call: The call.
-        stream: What the body comes from.
-    """
-
-    def __init__(self, kin: ModuleType, call: _CallSoon, stream: Any) -> None:  # noqa: ANN401 - kin's
-        self._kin = kin
-        self._call = call
-        self._stream = stream
-
-    @property
-    def elapsed(self) -> timedelta | None:
-        """How long it took, once it is closed: where httpx2 looks for it."""
-        elapsed: timedelta | None = getattr(self._stream, "elapsed", None)
-        return elapsed
+    _call: _CallSoon
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         call = self._call
@@ -433,9 +414,6 @@ class GuardedBodySoon:
             await settled(self._call)
         finally:
             await self._stream.aclose()
-
-    def __del__(self) -> None:
-        self._call.over()  # nobody closed it
 
 
 async def settled(call: CallSoon) -> None:

@@ -83,7 +83,7 @@ class HttpxUpstream:
         """Send a request and wait for the head of its answer."""
         await self._take()
         try:
-            with mapped_to_open():
+            with _mapped_to_open():
                 response = await _shielded(self._client.send(_prepare(self._hop, request), stream=True))
             if not usable(response.status_code):
                 await response.aclose()
@@ -127,7 +127,7 @@ class HttpxResponse:
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield the body as it comes."""
         pieces = self._response.aiter_raw()
-        with mapped():
+        with _mapped():
             while True:
                 try:
                     chunk = await _shielded(anext(pieces))
@@ -160,7 +160,7 @@ class SyncHttpxUpstream:
         """Send a request and wait for the head of its answer."""
         self._take()
         try:
-            with mapped_to_open():
+            with _mapped_to_open():
                 response = self._client.send(_prepare(self._hop, request), stream=True)
             if not usable(response.status_code):
                 response.close()
@@ -194,7 +194,7 @@ class SyncHttpxResponse:
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the body as it comes."""
-        with mapped():
+        with _mapped():
             for chunk in self._response.iter_raw():
                 _check_time(self._until)
                 yield chunk
@@ -221,7 +221,7 @@ def _headers(response: httpx.Response) -> Headers:
 
 
 @contextmanager
-def mapped_to_open() -> Iterator[None]:
+def _mapped_to_open() -> Iterator[None]:
     """Turn what httpx raises before the head of an answer has come into errors of ours."""
     try:
         yield
@@ -230,7 +230,7 @@ def mapped_to_open() -> Iterator[None]:
 
 
 @contextmanager
-def mapped() -> Iterator[None]:
+def _mapped() -> Iterator[None]:
     """Turn what httpx raises after a request may have been sent into errors of ours."""
     try:
         yield
