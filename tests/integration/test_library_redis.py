@@ -122,7 +122,7 @@ def test_calls_are_settled_while_the_limiter_is_closed(redis_server):
 
 
 def test_interrupted_reserve_takes_nothing(server):
-    """Ctrl-C while Redis is thinking leaves no call, and nothing that was taken for it."""
+    """Ctrl-C while Redis is thinking leaves no call, and what is taken for it is given back once Redis answers."""
     with Limiter(server.url, CAP_USER=1000, RATE_USER=0, TOKENGUARD_REDIS_TIMEOUT_S=PATIENCE_S) as limiter:
         assert level(limiter) == 1000
         backend = limiter._engine.backend
@@ -137,7 +137,8 @@ def test_interrupted_reserve_takes_nothing(server):
                 with pytest.raises(KeyboardInterrupt):
                     limiter.try_reserve(user="alice", tokens=100)
             interrupting.result(PATIENCE_S)
-        assert level(limiter) == 1000
+        # Whoever looks at the very moment of that answer may see it taken still.
+        until(lambda: level(limiter) == 1000, "it is not given back")
 
 
 def test_async_block_ends_when_it_is_settled(limiter, run):

@@ -42,17 +42,19 @@ class LoopThread:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine there and wait for what it returns."""
-        with self._lock:  # whoever stops the thread takes on nothing more
-            if self._loop is None:
-                self._begin()
-            assert self._loop is not None  # noqa: S101 - it has begun
-            under_way = asyncio.run_coroutine_threadsafe(work, self._loop)
-            self._under_way.add(under_way)
-        under_way.add_done_callback(self._under_way.discard)
+        under_way: Future[T] | None = None
         try:
+            with self._lock:  # whoever stops the thread takes on nothing more
+                if self._loop is None:
+                    self._begin()
+                assert self._loop is not None  # noqa: S101 - it has begun
+                under_way = asyncio.run_coroutine_threadsafe(work, self._loop)
+                self._under_way.add(under_way)
+            under_way.add_done_callback(self._under_way.discard)
             return under_way.result()
         except BaseException:
-            under_way.cancel()  # interrupted: nobody would know of what it takes
+            if under_way is not None:
+                under_way.cancel()  # interrupted: nobody would know of what it takes
             raise
 
     def _begin(self) -> None:
