@@ -110,6 +110,11 @@ def error_answer(error: TokenGuardError) -> Answer:
     return failed()
 
 
+def is_worth_a_line(error: TokenGuardError, answer: Answer) -> bool:
+    """Return whether whoever looks after the server is to hear of an error that was answered so."""
+    return answer.status >= 500 and not isinstance(error, BackendDown)  # which logs its beginning and its end
+
+
 def failed() -> Answer:
     """Return the answer to a request that failed for a reason that is nobody's business but ours."""
     return problem(500, "The request failed inside TokenGuard.", "server_error", None)

@@ -871,6 +871,8 @@ def test_client_s_identity_is_checked_when_it_is_made(kind, limiter):
     """A name out of bounds makes no client."""
     with pytest.raises(InvalidValue, match="user"):
         getattr(limiter, KINDS[kind][0])(user="")
+    with pytest.raises(InvalidValue, match="team must be a string, got 5"):
+        getattr(limiter, KINDS[kind][0])(user="alice", team=5)
 
 
 # --- other endpoints ---------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from urllib.parse import quote
 
 from tokenguard import refusal
 from tokenguard.account import Account
-from tokenguard.errors import BackendDown, InvalidRequest, TableBusy, TokenGuardError, UpstreamError
+from tokenguard.backends import loop_runs
+from tokenguard.errors import InvalidRequest, TableBusy, TokenGuardError, UpstreamError
 from tokenguard.exchange import End, Exchange, Settlement, Terms
 from tokenguard.headroom import Pace
 from tokenguard.limiter import Limiter, Reservation
@@ -254,9 +255,21 @@ class CallSoon(Call):
         super().__init__(guard, request_id)
         self.settling: asyncio.Future[Any] | None = None
 
+    async def begin_soon(self, headers: Headers, body: bytes) -> UpstreamRequest | Answer:
+        """Do what ``begin`` does, while others run."""
+        asked = self.exchange.begin(headers, body)
+        if isinstance(asked, Answer):
+            return asked
+        return self.reserved(await self._guard.limiter.reserve_soon(*asked))
+
+    async def settled(self) -> None:
+        """Wait until the buckets are up to date: whoever has the answer may look."""
+        if self.settling is not None:
+            await self.settling
+
     def _settle(self, settlement: Settlement | None) -> None:
         """Carry out a settlement; it goes on by itself where that takes a while."""
-        if settlement is None or settlement.tokens is None or not self._guard.limiter.waits or not _loop_runs():
+        if settlement is None or settlement.tokens is None or not self._guard.limiter.waits or not loop_runs():
             Call._settle(self, settlement)  # noqa: SLF001 - of its own base; compiled, super() finds no C
         else:
             self._settle_soon(settlement, settlement.tokens)
@@ -285,19 +298,10 @@ class CallSoon(Call):
             self.settling.add_done_callback(settled)
 
 
-def _loop_runs() -> bool:
-    """Return whether an event loop runs here: none does where what nobody closed is collected."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
 def answer_to(error: TokenGuardError, request_id: str) -> Answer:
     """Return the answer to a request that failed; log the error if it is not the caller's."""
     answer = refusal.error_answer(error)
-    if answer.status >= 500 and not isinstance(error, BackendDown):  # the backend logs its beginning and its end
+    if refusal.is_worth_a_line(error, answer):
         _log.warning("%s (request %s)", error, request_id)
     return answer
 

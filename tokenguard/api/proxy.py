@@ -17,7 +17,7 @@ from tokenguard.api.environ import CallerGone
 from tokenguard.api.wire import GONE, headers_of, read_body, request_id_of, set_headers, write
 from tokenguard.errors import BodyTimeout, UpstreamError
 from tokenguard.exchange import Terms
-from tokenguard.model import Answer, Headers, UpstreamRequest
+from tokenguard.model import Answer, UpstreamRequest
 from tokenguard.upstream import Upstream, UpstreamResponse
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -93,13 +93,6 @@ class AsgiCall(CallSoon):
         self._done = False
         self.stalled = False
 
-    async def begin_soon(self, headers: Headers, body: bytes) -> UpstreamRequest | Answer:
-        """Do what ``begin`` does, while others run."""
-        asked = self.exchange.begin(headers, body)
-        return (
-            asked if isinstance(asked, Answer) else self.reserved(await self._guard.limiter.reserve_soon(*asked))
-        )
-
     def watch(self, receive: Receive) -> None:
         """Stop waiting for the provider as soon as the caller goes away."""
 
@@ -118,7 +111,7 @@ class AsgiCall(CallSoon):
             response = self._response = await self._while_caller_waits(self._upstream.open(request))
         except UpstreamError as error:
             answer = self.failed(error)
-            await self._settled()
+            await self.settled()
             return answer
         except CallerGone:
             self.leave()
@@ -142,7 +135,7 @@ class AsgiCall(CallSoon):
                     self._done = True
                     passed = self.finish()
                 if passed:
-                    await self._settled()
+                    await self.settled()
                     self._await_caller()
                     return passed
         except UpstreamError as error:
@@ -160,16 +153,11 @@ class AsgiCall(CallSoon):
                 waiting.cancel()
         self._done = True
         self.leave()
-        await self._settled()
+        await self.settled()
         self.over()
         response, self._response = self._response, None
         if response is not None:
             await response.close()
-
-    async def _settled(self) -> None:
-        """Wait until the buckets are up to date: whoever has the answer may look."""
-        if self.settling is not None:
-            await self.settling
 
     def _await_caller(self) -> None:
         """Give up a caller who does not take what was passed on: it holds a connection to the provider."""

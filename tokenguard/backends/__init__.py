@@ -13,6 +13,15 @@ Handle = Any
 """A plan made ready by a backend: its own business."""
 
 
+def loop_runs() -> bool:
+    """Return whether an event loop runs in this thread, which whoever waits would hold up."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 class Backend(Protocol):
     """What the use cases ask of a place where buckets and budgets live.
 

@@ -501,17 +501,21 @@ def _identity(user: str, team: str | None, role: str | None, rolegroup: str | No
     """Return who calls; PERF: remembered, for to check four names takes as long as to reserve."""
     for field, value in (("user", user), ("team", team), ("role", role), ("rolegroup", rolegroup)):
         if value is not None or field == "user":
-            if not isinstance(value, str):
-                raise InvalidValue(field, f"{field} must be a string, got {value!r}")
-            checked_name(field, value)
+            _checked(field, value)
     return Identity(user, team, role, rolegroup)
+
+
+def _checked(field: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise InvalidValue(field, f"{field} must be a string, got {value!r}")
+    return checked_name(field, value)
 
 
 def _fields(*parts: str | None) -> dict[bytes, bytes]:
     """Return the header fields that say who calls."""
     given = dict(zip(IDENTITY_HEADERS, parts, strict=True))
     return {
-        name: checked_name(IDENTITY_HEADERS[name], value).encode()
+        name: _checked(IDENTITY_HEADERS[name], value).encode()
         for name, value in given.items()
         if value is not None
     }

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tokenguard import refusal
+from tokenguard.backends import loop_runs
 from tokenguard.errors import AlreadySettled, InvalidValue, TableBusy, TokenGuardError
 from tokenguard.library.waiting import Line, Turn
 from tokenguard.limiter import Limiter, Reservation
@@ -288,7 +289,7 @@ class Call:
 
     def _settle(self, taken: Reservation, tokens: int) -> None:
         limiter = self._desk.limiter
-        if self._soon and limiter.waits and _in_loop():
+        if self._soon and limiter.waits and loop_runs():
             self._settling = limiter.settle_soon(taken, tokens)
             self._settling.add_done_callback(partial(_given_back, self._desk, taken))
         else:
@@ -388,14 +389,6 @@ class Call:
 
 def _given_back(desk: Desk, taken: Reservation, _: object) -> None:
     desk.given_back(taken)
-
-
-def _in_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 def check_tokens(field: str, tokens: int) -> None:

@@ -345,7 +345,7 @@ class SendingSoon(_Client):
             response = await self._passed(call, request, options)
         except BaseException:
             call.over()
-            await settled(call)
+            await call.settled()
             raise
         if not stream:
             try:
@@ -358,13 +358,8 @@ class SendingSoon(_Client):
     async def _passed(self, call: _CallSoon, request: Any, options: Mapping[str, Any]) -> Any:  # noqa: ANN401 - kin's
         await request.aread()
         passage = _Passage(self.kin, call, request, self._who)
-        forward: UpstreamRequest | Answer
         try:
-            asked = call.exchange.begin(passage.headers, request.content)
-            if isinstance(asked, Answer):
-                forward = asked
-            else:
-                forward = call.reserved(await self._guard.limiter.reserve_soon(*asked))
+            forward = await call.begin_soon(passage.headers, request.content)
         except TokenGuardError as error:
             forward = answer_to(error, call.account.request_id)
         if isinstance(forward, Answer):
@@ -392,10 +387,10 @@ class GuardedBodySoon(_Body):
             async with aclosing(self._stream.__aiter__()) as chunks:
                 async for chunk in chunks:
                     if passed := call.feed(chunk):
-                        await settled(call)
+                        await call.settled()
                         yield passed
             rest = call.finish()
-            await settled(call)
+            await call.settled()
             if rest:
                 yield rest
         except self._kin.HTTPError as error:
@@ -411,12 +406,6 @@ class GuardedBodySoon(_Body):
         """Settle what is not settled, and give the connection back."""
         try:
             self._call.over()
-            await settled(self._call)
+            await self._call.settled()
         finally:
             await self._stream.aclose()
-
-
-async def settled(call: CallSoon) -> None:
-    """Wait until the buckets are up to date: whoever has the answer may look."""
-    if call.settling is not None:
-        await call.settling

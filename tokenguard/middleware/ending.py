@@ -7,7 +7,7 @@ import random
 from contextlib import suppress
 
 from tokenguard import refusal
-from tokenguard.errors import AlreadySettled, BackendDown, TableBusy, TokenGuardError
+from tokenguard.errors import AlreadySettled, TableBusy, TokenGuardError
 from tokenguard.library.call import BudgetExceeded, Call
 from tokenguard.model import Answer, Decision, Headers
 from tokenguard.providers.openai import EventStream, JsonAnswer
@@ -104,7 +104,7 @@ def error_answer(error: TokenGuardError) -> Answer:
     if isinstance(error, BudgetExceeded):  # of an app that reserves by itself, to know who asks
         return refuse(error.decision)
     answer = refusal.error_answer(error)
-    if answer.status >= 500 and not isinstance(error, BackendDown):  # the backend logs its beginning and its end
+    if refusal.is_worth_a_line(error, answer):
         _log.warning("%s", error)
     return answer
 
