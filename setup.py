@@ -13,6 +13,7 @@ COMPILED = {
     "tokenguard/lane/_lane.pyx": [],
     "tokenguard/account.py": [],
     "tokenguard/api/call.py": [],
+    "tokenguard/drift.py": [],
     "tokenguard/estimate.py": [],
     "tokenguard/exchange.py": [],
     "tokenguard/headroom.py": [],

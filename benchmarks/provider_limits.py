@@ -37,6 +37,8 @@ SETTLED_S = 5
 """How long TokenGuard may take to find the limits."""
 MOST_REFUSED, LEAST_USED = 0.01, 0.9
 UNLIMITED = {"CAP_GLOBAL": "unlimited", "CAP_TEAM": "unlimited", "CAP_USER": "unlimited"}
+OTHERS_CALL = 400
+"""How many tokens somebody else takes at a time."""
 _CAPS = (None, None, None, 50, 200, 600)
 _WORDS = "Summarise the following note in one sentence, and name whoever has to act on it. "
 _FAR = 1000
@@ -171,7 +173,7 @@ def main(context):
 
 
 @main.command()
-@click.option("--seconds", default=60, show_default=True)
+@click.option("--seconds", type=int, help="60; with --windows 115, so that it ends just before a window does.")
 @click.option("--rpm", type=int, help="Requests a minute; 1200, or far more than is offered where tokens bind.")
 @click.option("--tpm", type=int, help="Tokens a minute; 300000, or far more than is offered where requests bind.")
 @click.option("--binding", type=click.Choice(["requests", "tokens"]), default="tokens", show_default=True)
@@ -190,6 +192,7 @@ def main(context):
 @click.option("--seed", default=1, show_default=True)
 def load(seconds, rpm, tpm, binding, charging, others, level, service_s, windows, steady, by_hand, workers, seed):
     """Offer three times what the provider grants, from callers who do not retry."""
+    seconds = seconds or (115 if windows else 60)
     mean = mean_charge(charging, seed)
     if binding == "tokens":
         tpm = tpm or 300_000
@@ -201,7 +204,7 @@ def load(seconds, rpm, tpm, binding, charging, others, level, service_s, windows
         tpm = tpm or round(rate * mean * _FAR)
     per_s = (rpm if binding == "requests" else tpm) / 60
     drains = {meter: round(others * per_s) if meter == binding else 0 for meter in ("requests", "tokens")}
-    limits = (rpm, 60, drains["requests"]), (tpm, 60, drains["tokens"])
+    limits = (rpm, 60, drains["requests"], 1), (tpm, 60, drains["tokens"], OTHERS_CALL)
     settings = f"{workers} worker(s), seed {seed}{', limits set by hand' if by_hand else ''}"
     print(
         f"{OVERLOAD} x {per_s * 60:.0f} {binding} a minute are {rate:.1f} calls a second, "

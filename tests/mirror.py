@@ -46,6 +46,15 @@ class Provider:
         return max(0, int(self.level))
 
 
+class InWindows(Provider):
+    """A count that begins anew with every minute, as Azure keeps it."""
+
+    def flow(self, now_us):
+        if (now_us - NOW_US) // (60 * S) > (self.at_us - NOW_US) // (60 * S):
+            self.level = float(self.limit)
+        self.at_us = now_us
+
+
 class Sent:
     """One call under way."""
 
@@ -74,6 +83,9 @@ class Mirror:
         reordered: Whether calls overtake each other on the way there.
         estimates: How far the prompt's estimate is off.
         long: How large a part of the answers takes very long.
+        burst: How many calls come at once.
+        windows: Whether the provider counts in windows.
+        meter: What the limit is on.
     """
 
     PROMPT, CAP = (20, 400), (50, 1000)
@@ -81,7 +93,7 @@ class Mirror:
 
     def __init__(
         self, seed, counting="openai", *, limit=100_000, load=3.0, processes=1, others=0.0, reordered=True,
-        estimates=(0.8, 1.3), long=0.0,
+        estimates=(0.8, 1.3), long=0.0, burst=1, windows=False, meter=Meter.TOKENS,
     ):  # fmt: skip
         self.random = random.Random(seed)
         self.counting = counting
@@ -90,9 +102,12 @@ class Mirror:
         self.reordered = reordered
         self.estimates = estimates
         self.long = long
-        self.provider = Provider(limit)
+        self.burst = burst
+        self.meter = meter
+        self.mean = self.MEAN if meter is Meter.TOKENS else 1
+        self.provider = (InWindows if windows else Provider)(limit)
         table = BucketTable(64, seed=b"mirror")
-        self.budget = learned(limit)
+        self.budget = learned(limit, meter=meter)
         backends = [MemoryBackend(table) for _ in range(processes)]
         backends[0].put(self.budget, limit, NOW_US)
         self.backend = backends[0]
@@ -100,8 +115,8 @@ class Mirror:
         self.handle = self.backend.prepare([self.budget])
         self.events = []
         self.numbers = count()
-        self.per_s = load * limit / 60 / self.MEAN
-        self.others_per_s = others * limit / 60 / self.MEAN
+        self.per_s = load * limit / 60 / self.mean / burst
+        self.others_per_s = others * limit / 60 / self.mean
         self.history = []  # what the provider counted, in its order: (tokens, of a call of ours)
         self.heard_to = [0] * processes  # how much of it the answers told that each process heard
         self.heard_turn = [0] * processes
@@ -129,8 +144,12 @@ class Mirror:
         return self.backend.peek(self.handle, now_us).level(0) - self.provider.level
 
     def comes(self, now_us):
+        self.at(now_us + int(self.random.expovariate(self.per_s) * S) + 1, self.comes)
+        for _ in range(self.burst):
+            self.call(now_us)
+
+    def call(self, now_us):
         rnd = self.random
-        self.at(now_us + int(rnd.expovariate(self.per_s) * S) + 1, self.comes)
         node = rnd.randrange(self.processes)
         prompt, cap = rnd.randint(*self.PROMPT), rnd.randint(*self.CAP)
         estimate = int(prompt * rnd.uniform(*self.estimates))
@@ -140,7 +159,11 @@ class Mirror:
         )
         if not isinstance(reserved, Reservation):
             return
+        if self.meter is Meter.TOKENS:
+            reserved.expect(max(prompt, cap))
         cost = {"openai": max(prompt, cap), "azure": prompt + cap, "usage": 0}[self.counting]
+        if self.meter is Meter.REQUESTS:
+            cost = 1
         waits = rnd.uniform(0.01, 0.12) if self.reordered else 0.02, rnd.uniform(0.2, 3.0), rnd.uniform(0.05, 1.0)
         if rnd.random() < self.long:
             waits = waits[0], rnd.uniform(10, 40), waits[2]
@@ -150,8 +173,8 @@ class Mirror:
 
     def other(self, now_us):
         self.at(now_us + int(self.random.expovariate(self.others_per_s) * S) + 1, self.other)
-        if self.provider.takes(self.MEAN, now_us):
-            self.history.append(self.MEAN)
+        if self.provider.takes(self.mean, now_us):
+            self.history.append(self.mean)
 
     def reaches(self, now_us, sent):
         sent.taken = self.provider.takes(sent.cost, now_us)
@@ -165,11 +188,12 @@ class Mirror:
         self.at(now_us + (sent.head_us if sent.taken else 50_000), self.answers, sent)
 
     def answers(self, now_us, sent):
-        lowering = sent.reservation.lowering(sent.remaining, -1)
+        told = (sent.remaining, -1) if self.meter is Meter.TOKENS else (-1, sent.remaining)
+        lowering = sent.reservation.lowering(*told, isinstance(self.provider, InWindows))
         node = self.nodes[sent.node]
         self.heard_to[sent.node] = max(self.heard_to[sent.node], sent.counted_at)
         if lowering is not None:
-            self.lowered += lowering[sent.reservation.plan.tokens_at]
+            self.lowered += sum(lowering)
             node.lower(sent.reservation, lowering, now_us)
         self.at(now_us + (sent.end_us if sent.taken else 0), self.ends, sent)
 

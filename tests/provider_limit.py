@@ -47,13 +47,16 @@ class Limit:
         limit: The most that it holds, full at first.
         window_s: Whole seconds.
         others_per_s: What others take of it all the time, as far as it is there; whole tokens.
+        others_call: How many tokens they take at a time.
 
     Attributes:
         charged: What calls were charged so far.
     """
 
-    def __init__(self, limit, window_s=60, others_per_s=0):
-        self.limit, self.window_s, self.others_per_s = limit, window_s, others_per_s
+    def __init__(self, limit, window_s=60, others_per_s=0, others_call=1):
+        self.limit, self.window_s = limit, window_s
+        self.others_per_s, self.others_call = others_per_s, others_call
+        self._wanted = 0
         self.charged = 0
         self._unit = window_s * _NS
         self._level = limit * self._unit
@@ -79,7 +82,10 @@ class Limit:
         """Let some flow in, of which others take what they need in that time."""
         self._given += units
         self._level += units
-        taken = max(0, min(self._level, self.others_per_s * self.window_s * ns))
+        self._wanted += self.others_per_s * self.window_s * ns
+        wanted = self._wanted - self._wanted % (self.others_call * self._unit)
+        self._wanted -= wanted
+        taken = max(0, min(self._level, wanted))
         self._others += taken
         self._level -= taken
 

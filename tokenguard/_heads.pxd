@@ -34,10 +34,12 @@ cdef class Told:
     cdef readonly int64_t tokens_limit
     cdef readonly int64_t tokens_left
     cdef readonly int64_t tokens_left_of_limit
+    cdef readonly bint in_windows
     cdef int rates[RATES]
     cdef int tokens_at
     cdef bint twice
     cdef int64_t rate(self, int number) noexcept
+    cdef bint tells_whole_seconds(self, int number) noexcept
     cdef void weigh(self) noexcept
     cdef readonly int64_t length
     cdef readonly bytes encoding

@@ -67,6 +67,7 @@ class Told:
         tokens_limit: The limit on tokens, of those that are told the tightest; likewise.
         tokens_left: The least that remains of any of them, likewise.
         tokens_left_of_limit: What remains of the tightest one itself, likewise.
+        in_windows: Whether a time is told in whole seconds without a unit, as who counts in windows does (Azure).
     """
 
     limits: int
@@ -76,6 +77,7 @@ class Told:
     tokens_limit: int
     tokens_left: int
     tokens_left_of_limit: int
+    in_windows: bool
     length: int
     encoding: bytes | None
     events: bool

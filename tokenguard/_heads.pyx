@@ -289,6 +289,14 @@ cdef class Told:
         line = &self.fields.lines[self.rates[number]]
         return number_of(line.value, line.value_size)
 
+    cdef bint tells_whole_seconds(self, int number) noexcept:
+        """Return whether a time is told without its unit: so does who counts in windows (Azure)."""
+        cdef Line *line
+        if self.rates[number] < 0:
+            return False
+        line = &self.fields.lines[self.rates[number]]
+        return line.value_size > 0 and c"0" <= line.value[line.value_size - 1] <= c"9"
+
     cdef void weigh(self) noexcept:
         """Read the limits; of two on tokens, the tighter one."""
         cdef int64_t limit, left
@@ -300,6 +308,7 @@ cdef class Told:
             if self.rates[i] < 0 and self.rates[i + 1] < 0:
                 continue
             limit, left = self.rate(i), self.rate(i + 1)
+            self.in_windows = self.in_windows or self.tells_whole_seconds(i + 2)
             if limit < 1 or left < 0 or left > limit:
                 self.limits = UNUSABLE
             elif i == 0:

@@ -10,6 +10,7 @@ from tokenguard import arithmetic
 from tokenguard._bucket import MAX_PLAN
 from tokenguard.backends import Backend
 from tokenguard.errors import BudgetNotFound, InvalidRequest
+from tokenguard.headroom import Headroom
 from tokenguard.jsontext import shown, whole_number
 from tokenguard.model import (
     EVERYBODY,
@@ -177,6 +178,11 @@ class Budgets:
         found.sort(key=lambda budget: budget.name.key)
         parts = (found[at : at + MAX_PLAN] for at in range(0, len(found), MAX_PLAN))
         return [state for part in parts for state in self._states(part, now_us)]
+
+    def followed(self) -> list[tuple[Budget, Headroom]]:
+        """Return the limits of the provider whose count this process has followed, and what it knows of that."""
+        current = {budget.name: budget for budget in self._backend.on(EVERYBODY)}
+        return [(current[name], room) for name, room in self._plans.rooms() if name in current]
 
     def _state(self, budget: Budget, *, explicit: bool, now_us: int | None) -> BudgetState:
         (state,) = self._states([budget], now_us)

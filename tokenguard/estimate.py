@@ -61,6 +61,18 @@ class Estimate(NamedTuple):
     most: int
 
 
+def least_counted(text_bytes: int, choices: int, output_cap: int | None) -> int:
+    """Return what a provider counts at least against its own limit as a call comes in: so does OpenAI.
+
+    Args:
+        text_bytes: The size of the prompt's text.
+        choices: How many answers are asked for.
+        output_cap: The largest cap on each, in tokens.
+    """
+    least = LEAST_OUTPUT_TOKENS + text_bytes // BYTES_PER_TOKEN
+    return least if output_cap is None else max(least, choices * output_cap)
+
+
 class Traffic:
     """What calls of one kind were seen to take.
 

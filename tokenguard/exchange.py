@@ -24,7 +24,7 @@ from tokenguard._fields import Fields
 from tokenguard._heads import Asked, Told
 from tokenguard.account import Account, Outcome
 from tokenguard.errors import InvalidValue, TokenGuardError, UpstreamError
-from tokenguard.estimate import Estimate, Estimator
+from tokenguard.estimate import Estimate, Estimator, least_counted
 from tokenguard.limiter import Reservation
 from tokenguard.model import (
     Answer,
@@ -235,6 +235,9 @@ class Exchange:
             self.account.refused_by = reserved.binding and reserved.binding.name
             return refusal.refuse(reserved, self._terms.jitter())
         self._reservation = reserved
+        if reserved.plan.tokens_room is not None:
+            request = self._request
+            reserved.expect(least_counted(request.text_bytes, request.choices, request.output_cap))
         self.account.admitted = True
         body = self._request.body_with_usage() if self._adds_usage() else self._body
         terms, request_id = self._terms, self.account.request_id
@@ -272,7 +275,7 @@ class Exchange:
     def _weigh(self, told: Told, plan: Plan, reservation: Reservation) -> None:
         """See what the provider tells of its own limits."""
         if told.usable and plan.mirrors:
-            self.lowering = reservation.lowering(told.tokens_left, told.requests_left)
+            self.lowering = reservation.lowering(told.tokens_left, told.requests_left, told.in_windows)
         if (
             self.refused_upstream
             or not told.usable

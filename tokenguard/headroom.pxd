@@ -1,6 +1,7 @@
 """The headroom in C."""
 
 cimport cython
+from tokenguard.drift cimport Charge, Drift
 
 cdef long long _RISE, _OVERDONE, _AMPLE
 cdef double PERIOD_S, REST_S
@@ -10,17 +11,18 @@ cdef double PERIOD_S, REST_S
 cdef class Headroom:
     cdef readonly bint known
     cdef readonly long long moved
-    cdef public long long kept
+    cdef readonly long long kept
+    cdef readonly Drift drift
     cdef long long _room
-    cdef long long _turns
     cdef long long _heard
 
-    cpdef long long turn(self) noexcept
+    cpdef void hold(self, long long limit, long long kept) noexcept
+    cpdef Charge charge(self, long long level, long long cost)
     @cython.locals(room="long long", fewer="long long")
-    cpdef long long told(self, long long remaining, long long level, long long moved, long long turn) noexcept
+    cpdef told(self, long long remaining, Charge charge, bint in_windows=*)
     @cython.locals(given="long long")
     cpdef long long give(self, long long cost, long long kept) noexcept
-    cpdef void give_all(self, long long cost) noexcept
+    cpdef void gave(self, long long tokens) noexcept
 
 
 @cython.final

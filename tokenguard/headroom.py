@@ -13,6 +13,8 @@ after it were charged and given back is not in it.
 
 from __future__ import annotations
 
+from tokenguard.drift import Charge, Drift
+
 _RISE = 4
 """An answer's word that the headroom has grown is believed to one part in so many; that it has shrunk, at once."""
 _OVERDONE = 2
@@ -35,34 +37,39 @@ class Headroom:
         moved: How many tokens our level has been raised by on the provider's word, in all; lowering counts below
             zero. What a reservation saw before and what is seen after differ by this.
         kept: By so many tokens at most it is lowered beyond what was too high.
+        drift: What the provider's count makes of what is not ours.
     """
 
     def __init__(self) -> None:
         self.known = False
         self.moved = 0
         self.kept = _AMPLE
+        self.drift = Drift()
         self._room = 0
-        self._turns = 0
         self._heard = 0
 
-    def turn(self) -> int:
-        """Return the number of a call that has just been charged."""
-        self._turns += 1
-        return self._turns
+    def hold(self, limit: int, kept: int) -> None:
+        """Take in what the bucket holds, and how much of it is kept in hand."""
+        self.kept = kept
+        self.drift.hold(limit)
 
-    def told(self, remaining: int, level: int, moved: int, turn: int) -> int:
-        """Take in what remains; return by how many tokens our level must be lowered.
+    def charge(self, level: int, cost: int) -> Charge:
+        """Take in a call that has just been charged so much, which left ``level``."""
+        return self.drift.charge(level, cost, self.moved)
+
+    def told(self, remaining: int, charge: Charge, in_windows: bool = False) -> int:
+        """Take in what remained when the provider counted a call; return by how much our level must be lowered.
 
         Args:
-            remaining: What the provider told, of the moment when it counted the call.
-            level: Our level right after the same call's reservation.
-            moved: What ``moved`` was then.
-            turn: The call's number.
+            remaining: What the call left in the provider's bucket.
+            charge: What it was charged in ours.
+            in_windows: Whether the provider seems to count in windows.
         """
-        if turn < self._heard:
+        self.drift.told(remaining, charge, in_windows)
+        if charge.turn < self._heard:
             return 0
-        self._heard = turn
-        room = remaining - level - (self.moved - moved)
+        self._heard = charge.turn
+        room = charge.above - self.moved
         fewer = 0
         if room < 0:
             fewer = -room + min(-room * (_OVERDONE - 1), self.kept)
@@ -91,10 +98,10 @@ class Headroom:
         self.moved += given
         return given
 
-    def give_all(self, cost: int) -> None:
-        """Take in that a call is given back what it was charged, for the provider cannot have counted it."""
-        self._room = self._room - cost if cost < self._room else 0
-        self.moved += cost
+    def gave(self, tokens: int) -> None:
+        """Take in that a call is given back so much, below zero charged, whatever the provider counted it for."""
+        self._room = max(0, self._room - tokens)
+        self.moved += tokens
 
 
 class _Answers:

@@ -3,6 +3,8 @@
 cimport cython
 cimport tokenguard._limit_fields as _limit_fields
 from tokenguard._bucket cimport Outcome
+from tokenguard.drift cimport Charge
+from tokenguard.headroom cimport Headroom
 from tokenguard.plan cimport Plan
 
 cdef int _TRIES
@@ -17,13 +19,15 @@ cdef class Reservation:
     cdef readonly bint is_open
     cdef Outcome _outcome
     cdef bint _heard
-    cdef long long _tokens_moved
-    cdef long long _requests_moved
-    cdef long long _tokens_turn
-    cdef long long _requests_turn
+    cdef Charge _tokens
+    cdef Charge _requests
 
-    @cython.locals(plan=Plan, fewer_tokens="long long", fewer_requests="long long", level="long long", deltas=list)
-    cpdef tuple lowering(self, long long tokens, long long requests)
+    @cython.locals(room=Headroom, charge=Charge)
+    cpdef expect(self, long long least)
+    @cython.locals(
+        plan=Plan, room=Headroom, charge=Charge, fewer_tokens="long long", fewer_requests="long long", deltas=list
+    )
+    cpdef tuple lowering(self, long long tokens, long long requests, bint in_windows=*)
     cpdef list limit_headers(self)
     cpdef bytes limit_lines(self)
     cpdef close(self)

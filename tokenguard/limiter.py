@@ -7,6 +7,7 @@ import asyncio
 from tokenguard import _limit_fields
 from tokenguard._bucket import Outcome
 from tokenguard.backends import Backend, Handle
+from tokenguard.drift import Charge
 from tokenguard.errors import AlreadySettled, StaleHandle
 from tokenguard.model import BucketState, Decision, Headers, Identity
 from tokenguard.plan import Plan, Plans
@@ -32,11 +33,18 @@ class Reservation:
         self.is_open = True
         self.unsent = False
         self._heard = False
-        self._tokens_moved = self._tokens_turn = self._requests_moved = self._requests_turn = 0
+        self._tokens: Charge | None = None
+        self._requests: Charge | None = None
         if plan.tokens_room is not None:
-            self._tokens_moved, self._tokens_turn = plan.tokens_room.moved, plan.tokens_room.turn()
+            self._tokens = plan.tokens_room.charge(outcome.level(plan.tokens_at), costs[plan.tokens_at])
         if plan.requests_room is not None:
-            self._requests_moved, self._requests_turn = plan.requests_room.moved, plan.requests_room.turn()
+            self._requests = plan.requests_room.charge(outcome.level(plan.requests_at), costs[plan.requests_at])
+
+    def expect(self, least: int) -> None:
+        """Take in for how many tokens the provider counts the call at least."""
+        room, charge = self.plan.tokens_room, self._tokens
+        if room is not None and charge is not None:
+            room.drift.expect(charge, least)
 
     @property
     def handle(self) -> Handle:
@@ -56,12 +64,13 @@ class Reservation:
         """Return the same as lines, each with its CRLF."""
         return _limit_fields.limit_lines(self.plan.groups, self._outcome)
 
-    def lowering(self, tokens: int, requests: int) -> tuple[int, ...] | None:
+    def lowering(self, tokens: int, requests: int, in_windows: bool = False) -> tuple[int, ...] | None:
         """Take in what the provider told of its own limits; return by how much each bucket has to be lowered.
 
         Args:
             tokens: What remains, of the moment when the provider counted this call; -1 if that is not known.
             requests: Likewise.
+            in_windows: Whether the provider seems to count in windows.
 
         Returns:
             The deltas for ``Limiter.lower``, or None if there is nothing to lower.
@@ -70,13 +79,13 @@ class Reservation:
         fewer_tokens = fewer_requests = 0
         if type(self._outcome.handle) is not type(plan.handle):
             return None  # a node decided on its own: its levels are not those of the bucket
-        if tokens >= 0 and plan.tokens_room is not None:
+        room, charge = plan.tokens_room, self._tokens
+        if tokens >= 0 and room is not None and charge is not None:
             self._heard = True
-            level = self._outcome.level(plan.tokens_at)
-            fewer_tokens = plan.tokens_room.told(tokens, level, self._tokens_moved, self._tokens_turn)
-        if requests >= 0 and plan.requests_room is not None:
-            level = self._outcome.level(plan.requests_at)
-            fewer_requests = plan.requests_room.told(requests, level, self._requests_moved, self._requests_turn)
+            fewer_tokens = room.told(tokens, charge, in_windows)
+        room, charge = plan.requests_room, self._requests
+        if requests >= 0 and room is not None and charge is not None:
+            fewer_requests = room.told(requests, charge, in_windows)
         if fewer_tokens == 0 and fewer_requests == 0:
             return None
         deltas = [0] * len(self.costs)

@@ -43,6 +43,7 @@ _GAUGES = {
     "calls_in_flight": "Calls that are not over yet.",
     "reservations_open": "Reservations neither settled nor refunded nor kept as spent yet.",
     "provider_others_tokens_per_minute": "About what others spend of what the provider's key is granted.",
+    "provider_others_requests_per_minute": "About how many requests others make with the provider's key.",
 }
 _LABELLED: dict[str, tuple[tuple[str, ...], str]] = {
     "requests": (("route", "status"), "Requests answered, by route and status."),

@@ -58,9 +58,10 @@ class Plan:
         self.mirrors = tokens_room is not None or requests_room is not None
         self._kept = 0 if self.tokens_at < 0 else self.budgets[self.tokens_at].scale.capacity // _KEPT
         if tokens_room is not None:
-            tokens_room.kept = self._kept
+            tokens_room.hold(self.budgets[self.tokens_at].scale.capacity, self._kept)
         if requests_room is not None:
-            requests_room.kept = self.budgets[self.requests_at].scale.capacity // _KEPT
+            capacity = self.budgets[self.requests_at].scale.capacity
+            requests_room.hold(capacity, capacity // _KEPT)
         self._small = min([_half(self.budgets[i].scale) for i in range(len(tokens)) if tokens[i]], default=0)
 
     def limit_at(self, place: int) -> int:
@@ -118,10 +119,14 @@ class Plan:
             return tuple([tokens - costs[i] if ours[i] else 0 for i in range(len(ours))])
         given = -1
         room = self.tokens_room
-        if room is not None and unsent:
-            room.give_all(costs[self.tokens_at])
-        elif room is not None and room.known and heard:
-            given = room.give(costs[self.tokens_at], self._kept)
+        if room is not None:
+            cost = costs[self.tokens_at]
+            if unsent:
+                room.gave(cost)
+            elif room.known and heard:
+                given = room.give(cost, self._kept)
+            else:
+                room.gave(cost - tokens)
         deltas = []
         for i in range(len(ours)):
             if theirs[i] and given >= 0:
@@ -186,6 +191,10 @@ class Plans:
         return Plan(
             budgets, self._backend.prepare(budgets, epoch), rooms.get(Meter.TOKENS), rooms.get(Meter.REQUESTS)
         )
+
+    def rooms(self) -> list[tuple[BucketName, Headroom]]:
+        """Return what is known of the provider's own counts."""
+        return list(self._rooms.items())
 
     def _room(self, name: BucketName) -> Headroom:
         """Return what all plans with a bucket know of it: of as many as there are learned limits at most."""

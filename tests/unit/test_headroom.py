@@ -18,7 +18,7 @@ from tokenguard.provider_limits.gates import gate_of
 
 def told(room, remaining, level):
     """Tell of a call that has just been charged."""
-    return room.told(remaining, level, room.moved, room.turn())
+    return room.told(remaining, room.charge(level, 0))
 
 
 def test_less_than_we_think_lowers_our_level():
@@ -32,7 +32,7 @@ def test_less_than_we_think_lowers_our_level():
 def test_level_is_lowered_by_what_is_missing_and_what_is_kept_at_most():
     """A limit that was cut to a third is no reason to be in debt."""
     room = Headroom()
-    room.kept = 937
+    room.hold(30_000, 937)
 
     assert told(room, 9000, 30_000) == 21_937
 
@@ -91,22 +91,22 @@ def test_what_was_given_meanwhile_is_not_taken_for_headroom():
     """An answer tells of the moment of its call; what was given back since is in our level alone."""
     room = Headroom()
     told(room, 1500, 1000)
-    turn, moved = room.turn(), room.moved
+    before = room.charge(1000, 0)
     room.give(400, 0)
 
-    assert room.told(1500, 1000, moved, turn) == 0
+    assert room.told(1500, before) == 0
     assert room.give(1000, 0) == 100
 
 
 def test_late_answer_tells_nothing_new():
     """An answer to a call from before the latest that was heard of lowers nothing, and allows nothing."""
     room = Headroom()
-    turn, moved = room.turn(), room.moved
+    before = room.charge(1000, 0)
     told(room, 1500, 1000)
     room.give(500, 0)
 
-    assert room.told(10, 1000, moved, turn) == 0
-    assert room.told(9000, 1000, moved, turn) == 0
+    assert room.told(10, before) == 0
+    assert room.told(9000, before) == 0
     assert room.give(1000, 0) == 0
 
 
@@ -114,7 +114,7 @@ def test_call_that_the_provider_never_got_is_given_back_all():
     """It is charged no headroom beyond what there is, and what is told later knows that it was given back."""
     room = Headroom()
     told(room, 1100, 1000)
-    room.give_all(400)
+    room.gave(400)
 
     assert room.moved == 400
     assert room.give(1000, 0) == 0
@@ -259,6 +259,18 @@ def test_call_whose_answer_tells_nothing_goes_by_its_usage():
 
     assert not_heard.close_at(40)[1] == (40 - 900,)
     assert heard.close_at(40)[1] == (0,)
+
+
+def test_call_whose_answer_tells_nothing_is_missed_by_nobody():
+    """What it is given back by its usage is no spending of others."""
+    house = house_of(learned(10_000))
+    house.limiter.settle(asks(house, 10, 300, 9000), 9000, NOW_US)
+    room = asks(house, 10, 20, 20).plan.tokens_room
+    asks(house, 10, 300, 400).lowering(580, -1)
+    house.limiter.settle(asks(house, 10, 300, 300), 40, NOW_US)
+    asks(house, 10, 20, 20).lowering(260, -1)
+
+    assert room.drift.missed == 0
 
 
 def test_plans_of_all_callers_share_what_is_known():

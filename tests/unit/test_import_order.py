@@ -16,7 +16,7 @@ FLOORS = [
     {"limiter", "budgets", "estimate", "providers", "refusal", "metrics", "logs", "_heads"},
     {"plan", "backends"},
     {"_bucket", "_limit_fields", "arithmetic", "headroom"},
-    {"model", "errors", "jsontext", "sizing", "account", "_fields", "_version"},
+    {"model", "errors", "jsontext", "sizing", "drift", "account", "_fields", "_version"},
 ]
 """The rooms of DESIGN section 3, from the roof down; "" is the package itself: its public names."""
 

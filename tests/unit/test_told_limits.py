@@ -166,3 +166,19 @@ def test_limits_given_twice_travel_on_together():
     block = Told(heads).returned_block(False, False, b"")
     assert b"x-upstream-ratelimit-limit-tokens: 9000, 7000\r\n" in block
     assert block.count(b"\r\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("reset", "in_windows"),
+    [("6s", False), ("6m0s", False), ("12ms", False), ("", False), ("6", True), ("59", True)],
+)
+@pytest.mark.parametrize("of", ["requests", "tokens", "project"])
+def test_time_without_a_unit_is_of_a_window(of, reset, in_windows):
+    """Azure tells in whole seconds when its window ends; who has buckets tells Go's durations."""
+    assert Told(fields(**{of: (500, 400, reset)})).in_windows is in_windows
+
+
+def test_time_that_is_not_told_is_of_no_window():
+    """Where there is no reset, or no limit, nothing is known."""
+    assert not Told(fields(tokens=(500, 400))).in_windows
+    assert not Told([]).in_windows

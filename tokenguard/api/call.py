@@ -126,7 +126,7 @@ class Call:
         told, model = exchange.told, exchange.model
         reservation = exchange.reservation
         if exchange.lowering is not None and reservation is not None:
-            watch.lowered(model, exchange.lowering, reservation.plan)
+            watch.lowered()
             self._lower(reservation, exchange.lowering)
         if told is None:
             return

@@ -20,6 +20,7 @@ STATES = (
     b"redis_lanes_down",
     b"redis_owed_buckets",
     b"provider_others_tokens_per_minute",
+    b"provider_others_requests_per_minute",
 )
 """The tallies that tell how things are with a process now, and end with it."""
 

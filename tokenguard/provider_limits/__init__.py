@@ -23,7 +23,6 @@ from tokenguard.budgets import Budgets, BudgetState
 from tokenguard.errors import InvalidValue, ProviderError, TokenGuardError
 from tokenguard.headroom import Pace
 from tokenguard.model import BucketName, Meter, Source, checked_name
-from tokenguard.plan import Plan
 from tokenguard.provider_limits.alarms import Alarms, Others
 from tokenguard.provider_limits.background import Background
 from tokenguard.provider_limits.gates import Gates
@@ -34,8 +33,8 @@ from tokenguard.providers.limits import Kind, read_refusal
 SYNC = "provider limits"
 """What a process claims that asks the admin API for all."""
 
-SWEEP_S = 30.0
-"""How often what others left behind is looked for."""
+SWEEP_S = 10.0
+"""How often what others left behind, and what they spend, is looked for."""
 
 _JITTER = 0.1
 _log = logging.getLogger("tokenguard")
@@ -138,13 +137,9 @@ class ProviderLimits:
                 news = News.UNCLEAR
         return news
 
-    def lowered(self, model: str, deltas: tuple[int, ...], plan: Plan) -> None:
-        """Take in by how much the buckets of a call had to be lowered."""
+    def lowered(self) -> None:
+        """The buckets of a call had to be lowered."""
         self._count("lowered")
-        room = plan.tokens_room
-        if room is not None and (fewer := deltas[plan.tokens_at]) > 0:
-            limit = plan.budgets[plan.tokens_at].scale.capacity
-            self._others.spent(model, fewer, room.moved, limit, time.perf_counter())
 
     def refused(self, model: str, head: Told, body: bytes) -> asyncio.Future[Any] | None:
         """Heed a 429 of the provider; return what is done once all have heard of it, if that takes a while."""
@@ -260,8 +255,11 @@ class ProviderLimits:
     def _sweep(self) -> None:
         self._background.after(SWEEP_S, self._sweep)
         self._gates.sweep([name for name in self._learned.current() if name.meter is Meter.GATE])
-        self._others.look(time.perf_counter())
+        self._look_at_others()
         self._alarms.standing(time.time())
+
+    def _look_at_others(self) -> dict[Meter, dict[str, int]]:
+        return self._others.look(self._budgets.followed(), self._processes(), time.perf_counter())
 
     # --- what is told of all that -----------------------------------------------------------------------------
 
@@ -275,10 +273,11 @@ class ProviderLimits:
     def shown(self) -> dict[str, object]:
         """Return how things are with the provider, for ``GET /``."""
         gates = sorted(name.model or "" for name in self._learned.current() if name.meter is Meter.GATE)
-        others = self._others.look(time.perf_counter())
+        others = self._look_at_others()
         told = {
             "alarms": self._alarms.standing(time.time()),
             "heldBack": gates,
-            "othersTokensPerMinute": others,
+            "othersTokensPerMinute": others[Meter.TOKENS],
+            "othersRequestsPerMinute": others[Meter.REQUESTS],
         }
         return {**told, **({} if self._failure is None else {"notRefreshed": self._failure})}

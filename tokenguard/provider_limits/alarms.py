@@ -5,19 +5,31 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from collections.abc import Iterable
 
 from tokenguard._bucket import BucketTable
 from tokenguard.backends.workers import state
-from tokenguard.providers.limits import QUOTA_CODES
+from tokenguard.headroom import Headroom
+from tokenguard.model import BucketName, Budget, Meter
+from tokenguard.provider_limits.learned import per_minute, window_of
+from tokenguard.providers.limits import MINUTE_S, QUOTA_CODES
 
 STALE_S = 300
 """An alarm that nothing confirms ends by itself after so long."""
 
-OTHERS = b"provider_others_tokens_per_minute"
-"""The tally of each process's part in what others spend."""
+OTHERS = {
+    Meter.TOKENS: b"provider_others_tokens_per_minute",
+    Meter.REQUESTS: b"provider_others_requests_per_minute",
+}
+"""The tallies of each process's part in what others spend."""
 
-MAX_MODELS = 256
-"""Of so many models at most it is remembered what others spend."""
+NOTABLE = {Meter.TOKENS: 1000, Meter.REQUESTS: 10}
+NOTABLE_PART = 0.1
+"""What others spend is told of if it is so much at least, and such a part of the limit."""
+LASTING_S = 30.0
+"""How long that must have been so; twice as long where calls of several processes overtake each other."""
+AVERAGED_S = 60.0, 600.0
+"""Over what time it is averaged: of a limit for a minute, and for a day."""
 
 _CLEARED = b"provider_alarm_cleared"
 """The tally of when a call was answered while an alarm stood."""
@@ -78,92 +90,87 @@ def _name(code: str) -> bytes:
 
 
 class Others:
-    """Somebody else spends what the key is granted: less remains than is left of what went through here.
+    """Somebody else spends what the key is granted: the provider counts more than what went through here.
 
-    How much is a lower bound: what calls here were charged beyond what the provider counted hides as much of it.
+    How much is a lower bound: what calls here were charged beyond what the provider counted hides as much of it,
+    and what flows into a full bucket is lost unseen. Who counts in windows looks like somebody who spends.
 
     Args:
         table: The node's table.
     """
 
-    AVERAGED_S = 60.0
-    NOTABLE_TOKENS_PER_MINUTE = 1000.0
-    NOTABLE_PART = 0.05
-    LASTING_S = 20.0
-
     def __init__(self, table: BucketTable) -> None:
-        self._tally = table.tally(OTHERS)
-        self._shown = 0
+        self._tallies = {meter: table.tally(name) for meter, name in OTHERS.items()}
+        self._parts = dict.fromkeys(OTHERS, 0)
+        self._found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
         self._lock = threading.Lock()
-        self._models: dict[str, _Spending] = {}
+        self._spending: dict[BucketName, _Spending] = {}
 
-    def spent(self, model: str, fewer: int, moved: int, limit: int, now_s: float) -> None:
-        """Take in that our level of a model's bucket had to be lowered.
-
-        What is given back afterwards was not spent by others: an answer that overtook another, perhaps.
+    def look(
+        self, followed: Iterable[tuple[Budget, Headroom]], processes: int, now_s: float
+    ) -> dict[Meter, dict[str, int]]:
+        """Return of which models others spend a notable amount, and about how much per minute.
 
         Args:
-            model: The model.
-            fewer: By how many tokens.
-            moved: By how many it has been raised in all, ``fewer`` taken off already.
-            limit: What the bucket holds.
+            followed: The provider's limits, and what is known of its counts.
+            processes: How many share what they find out.
             now_s: The time, by a clock that is never set.
         """
+        found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
         with self._lock:
-            spending = self._models.get(model)
-            if spending is None:
-                if len(self._models) >= MAX_MODELS:
-                    self._models.clear()
-                spending = self._models[model] = _Spending(moved + fewer, now_s)
-            spending.add(spending.moved - moved, now_s, self.AVERAGED_S)
-            spending.moved = moved
-            spending.notable = max(self.NOTABLE_TOKENS_PER_MINUTE, self.NOTABLE_PART * limit)
-            rate = spending.per_minute(now_s, self.AVERAGED_S)
-            lasting = now_s - spending.began_s >= self.LASTING_S
-            if not spending.told and lasting and spending.in_all >= spending.notable:
-                spending.told = True
-                _log.warning(
-                    "somebody else uses the provider's key: of %s about %d tokens per minute are spent beside "
-                    "what goes through here",
-                    model,
-                    rate,
-                )
-        self.look(now_s)
-
-    def look(self, now_s: float) -> dict[str, int]:
-        """Return the models of which others spend a notable amount, and about how many tokens per minute."""
-        with self._lock:
-            rates = {}
-            for model, spending in list(self._models.items()):
-                spending.add(0, now_s, self.AVERAGED_S)
-                rate = spending.per_minute(now_s, self.AVERAGED_S)
-                if spending.told and rate >= spending.notable / 2:
-                    rates[model] = round(rate)
-                elif spending.told or abs(rate) < self.NOTABLE_TOKENS_PER_MINUTE / 100:
-                    del self._models[model]
-            shown = sum(rates.values())
-            self._tally.add(shown - self._shown)
-            self._shown = shown
-            return rates
+            before, self._spending = self._spending, {}
+            for budget, room in followed:
+                if not room.known or room.drift.in_windows:
+                    continue
+                name = budget.name
+                spending = self._spending[name] = before.get(name) or _Spending(budget, room.drift.missed, now_s)
+                rate = spending.add(room.drift.missed, now_s)
+                if spending.is_told(budget, rate, now_s, LASTING_S if processes == 1 else 2 * LASTING_S):
+                    found[name.meter][name.model or ""] = round(rate * processes)
+            for meter, rates in found.items():
+                for model in rates.keys() - self._found[meter].keys():
+                    _log.warning(
+                        "somebody else uses the provider's key: of %s about %d %s per minute are spent beside "
+                        "what goes through here",
+                        model,
+                        rates[model],
+                        meter,
+                    )
+                part = round(sum(rates.values()) / processes)
+                self._tallies[meter].add(part - self._parts[meter])
+                self._parts[meter] = part
+            self._found = found
+        return found
 
 
 class _Spending:
-    """Tokens per minute, averaged so that what is long past counts less and less."""
+    """What others spend of one limit, averaged so that what is long past counts less and less."""
 
-    def __init__(self, moved: int, now_s: float) -> None:
-        self.moved = moved
-        self.began_s = now_s
-        self.told = False
-        self.notable = 0.0
-        self.in_all = 0.0
-        self._at_s = now_s
+    def __init__(self, budget: Budget, missed: int, now_s: float) -> None:
+        self._averaged_s = AVERAGED_S[window_of(budget) > MINUTE_S]
+        self._missed = missed
+        self._began_s = self._at_s = now_s
+        self._in_all = 0.0
+        self._notable_s: float | None = None
+        self._told = False
 
-    def add(self, tokens: int, now_s: float, averaged_s: float) -> None:
-        """Take in what was spent just now."""
-        self.in_all = self.in_all * math.exp(-(now_s - self._at_s) / averaged_s) + tokens
-        self._at_s = now_s
+    def add(self, missed: int, now_s: float) -> float:
+        """Take in what the provider has counted beyond our charges; return the rate per minute.
 
-    def per_minute(self, now_s: float, averaged_s: float) -> float:
-        """Return how much was spent; of what began just now, as if it had always been so."""
-        seen_s = averaged_s * -math.expm1(-(now_s - self.began_s) / averaged_s)
-        return self.in_all * 60 / max(seen_s, 1.0)
+        What began just now counts as if it had always been so.
+        """
+        fading = math.exp(-(now_s - self._at_s) / self._averaged_s)
+        self._in_all = self._in_all * fading + (missed - self._missed) * math.sqrt(fading)  # since half the time
+        self._missed, self._at_s = missed, now_s
+        seen_s = self._averaged_s * -math.expm1(-(now_s - self._began_s) / self._averaged_s)
+        return self._in_all * 60 / max(seen_s, 1.0)
+
+    def is_told(self, budget: Budget, rate: float, now_s: float, lasting_s: float) -> bool:
+        """Return whether it is worth telling: what is notable has to last, for calls overtake each other."""
+        notable = NOTABLE_PART * per_minute(budget)
+        if rate < (notable / 2 if self._told else notable) or self._in_all < NOTABLE[budget.name.meter]:
+            self._notable_s, self._told = None, False
+        elif self._notable_s is None:
+            self._notable_s = now_s
+        self._told = self._told or (self._notable_s is not None and now_s - self._notable_s >= lasting_s)
+        return self._told

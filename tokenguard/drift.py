@@ -1,0 +1,111 @@
+"""What the provider counts beyond our charges: by that it shows that somebody else spends what its key is granted.
+
+Each answer tells what remained when the provider counted a call; our level at the same moment of the same call is
+known. How far apart they are changes with what the provider counted and we did not charge, and with nothing else,
+as long as neither bucket was full: what flows into a full bucket is lost, here and there not at the same time.
+
+We charge what a provider may count at most. OpenAI counts less, and what somebody else spends would hide in that.
+So calls next to each other are looked at, whether they are counted for the least that any provider counts.
+"""
+
+from __future__ import annotations
+
+_AMPLE = 2**52
+_REMEMBERED = 64
+"""So many calls are remembered until the answer of the next one comes."""
+_NEAR = 8
+_TRANSIT = 6000
+"""What flows in within 10 ms, as a part of a minute's limit: by so much calls differ in how long they travel."""
+_FITS = 4
+_BELIEVED = 64
+"""What is shown so often is believed. A pair that fits shows more than several that do not: others may have been
+counted in between, or calls have overtaken each other."""
+
+
+class Charge:
+    """What a call was charged of a bucket of the provider's.
+
+    Attributes:
+        turn: The call's number, of those of one process.
+        level: What the charge left in our bucket.
+        cost: What was charged.
+        moved: By how much our level had been raised by then, on the provider's word.
+        surplus: By how much this call and all before it were charged more than the least that counts.
+        above: By how much the provider's bucket was above ours, had ours never been raised; the answer tells it.
+    """
+
+    def __init__(self, turn: int, level: int, cost: int, moved: int, surplus: int) -> None:
+        self.turn = turn
+        self.level = level
+        self.cost = cost
+        self.moved = moved
+        self.surplus = surplus
+        self.above = 0
+
+
+class Drift:
+    """Of one bucket, as one process sees it.
+
+    Attributes:
+        missed: How many tokens the provider counted beyond our charges, in all; what it did not count of those is
+            taken off.
+        in_windows: Whether the provider counts in windows, and has no bucket that fills all the time: then none of
+            this holds.
+    """
+
+    def __init__(self) -> None:
+        self.missed = 0
+        self.in_windows = False
+        self._limit = _AMPLE
+        self._turns = 0
+        self._full_at = 0
+        self._surplus = 0
+        self._heard: Charge | None = None
+        self._answered: list[Charge | None] = [None] * _REMEMBERED
+        self._shown = 0
+
+    def hold(self, limit: int) -> None:
+        """Take in what the bucket holds."""
+        if limit != self._limit:
+            self._limit = limit
+            self._full_at = self._turns + 1  # what the level is from now on has nothing to do with what it was
+
+    def charge(self, level: int, cost: int, moved: int) -> Charge:
+        """Take in a call that has just been charged; see ``Charge``."""
+        self._turns += 1
+        if level + cost >= self._limit:
+            self._full_at = self._turns
+        return Charge(self._turns, level, cost, moved, self._surplus)
+
+    def expect(self, charge: Charge, least: int) -> None:
+        """Take in for how many tokens the provider counts a call at least."""
+        self._surplus += max(0, charge.cost - least)
+        charge.surplus = self._surplus
+
+    def told(self, remaining: int, charge: Charge, in_windows: bool) -> None:
+        """Take in what remained when the provider counted a call; see ``Headroom.told``."""
+        self.in_windows = in_windows
+        charge.above = remaining - charge.level + charge.moved
+        heard = self._heard
+        full = remaining + charge.cost >= self._limit
+        if self._shown < _BELIEVED:
+            self._compare(charge, full)
+        if heard is not None and charge.turn < heard.turn:
+            return
+        if heard is not None and self._full_at <= heard.turn and not full:
+            self.missed += heard.above - charge.above
+            if self._shown >= _BELIEVED:
+                self.missed += charge.surplus - heard.surplus
+        self._heard = charge
+
+    def _compare(self, charge: Charge, full: bool) -> None:
+        """Look at whether the provider counts the least: once that is believed, it is for good."""
+        self._answered[charge.turn % _REMEMBERED] = charge
+        before = self._answered[(charge.turn - 1) % _REMEMBERED]
+        if before is None or before.turn != charge.turn - 1 or self._full_at == charge.turn or full:
+            return
+        surplus = charge.surplus - before.surplus
+        near = _NEAR + surplus // 32 + self._limit // _TRANSIT
+        if surplus > 4 * near:
+            fits = abs(charge.above - before.above - surplus) <= near
+            self._shown = max(0, self._shown + (_FITS if fits else -1))
