@@ -365,6 +365,14 @@ def test_model_that_is_no_name_is_an_error(desk, model):
 
     assert desk.learned.current() == {}
 
+@pytest.mark.parametrize("limits", [(100, 5000), (5000, 100), (100, MAX_CAPACITY + 1)])
+def test_least_counts_of_a_model_that_is_listed_twice(desk, limits):
+    """In whatever order, on one page or on two."""
+    desk.reads(*(AdminLimit(MODEL, "tokens", limit, MINUTE_S) for limit in limits))
+
+    assert desk.limit(Source.ADMIN) == (100, MINUTE_S)
+
+
 
 def test_removing_what_is_gone_is_no_error(desk):
     """Somebody else may have removed it."""

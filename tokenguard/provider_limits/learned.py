@@ -189,7 +189,7 @@ class Learned:
             yield Change(name, before, after, told.level if before is None else None)
 
     def read(self, limits: Iterable[AdminLimit]) -> Iterator[Change]:
-        """Yield what is to change for the budgets to be what the admin API tells.
+        """Yield what is to change for the budgets to be what the admin API tells; the least, if it does so twice.
 
         Raises:
             InvalidValue: It tells what no budget can be.
@@ -198,7 +198,8 @@ class Learned:
         for limit in limits:
             source = Source.ADMIN if limit.window_s == MINUTE_S else Source.ADMIN_DAILY
             name = BucketName(EVERYBODY, Meter(limit.meter), checked_name("model", limit.model), source)
-            if (budget := _budget(name, limit.limit, limit.window_s)) is not None:
+            budget, other = _budget(name, limit.limit, limit.window_s), wanted.get(name)
+            if budget is not None and (other is None or budget.scale.capacity < other.scale.capacity):
                 wanted[name] = budget
         current = self.current()
         for name, budget in list(wanted.items())[:MAX_LEARNED]:
