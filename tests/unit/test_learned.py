@@ -299,6 +299,19 @@ def test_heard_last_is_believed_when_somebody_asks(desk):
     assert list(desk.learned.heard()) == []
 
 
+def test_heard_before_another_process_changed_the_budget_is_no_news(desk):
+    """Who has seen no call since then has nothing newer to tell when somebody asks."""
+    other = Desk(desk.house)
+    desk.hears(told(5000), 1000)
+    for now_s in (1020, 1021, 1022):
+        other.hears(told(10_000), now_s)
+
+    assert desk.limit() == (10_000, MINUTE_S)
+    assert list(desk.learned.heard()) == []
+    desk.hears(told(5000), 1023)
+    assert [change.after for change in desk.learned.heard()] == [learned(5000)]
+
+
 def test_probe_is_believed_at_once(desk):
     """Whoever asks for one gets what it tells, a day too; of a full bucket nothing."""
     (change,) = desk.learned.probed(MODEL, Meter.REQUESTS, told(10_000, 9999, DAY_S))

@@ -78,6 +78,11 @@ class Change(NamedTuple):
     after: Budget | None
     level: int | None = None
 
+    @property
+    def is_any(self) -> bool:
+        """Whether anything is to change at all."""
+        return self.before is None or self.after is None or self.before.scale != self.after.scale
+
 
 class _Doubt(NamedTuple):
     told: Budget
@@ -100,7 +105,7 @@ class Learned:
         self._lock = threading.Lock()
         self._doubts: dict[BucketName, _Doubt] = {}
         self._believed_s: dict[BucketName, float] = {}
-        self._latest: dict[BucketName, Budget] = {}
+        self._latest: dict[BucketName, Change] = {}
 
     def current(self) -> dict[BucketName, Budget]:
         """Return the budgets that were learned, as this process knows them, and the gates."""
@@ -128,7 +133,7 @@ class Learned:
             return None
         with self._lock:
             if window == MINUTE_S or (before is not None and window == window_of(before)):
-                _keep(self._latest, name, after)
+                _keep(self._latest, name, Change(name, before, after))
             if before is not None and before.scale == after.scale:
                 self._doubts.pop(name, None)
                 return None
@@ -171,11 +176,13 @@ class Learned:
         return Change(name, before, after, level if before is None else None)
 
     def heard(self) -> Iterator[Change]:
-        """Yield what is to change for all that was heard last to be believed at once."""
-        for name, after in list(self._latest.items()):
-            before = self._budgets.find(name)
-            if before is not None and before.scale != after.scale:
-                yield Change(name, before, after)
+        """Yield what is to change for all that was heard last to be believed at once.
+
+        What was heard before another process changed the budget is no news anymore.
+        """
+        for name, change in list(self._latest.items()):
+            if change.before is not None and change.is_any and change.before == self._budgets.find(name):
+                yield change
 
     def probed(self, model: str, meter: Meter, told: Reading) -> Iterator[Change]:
         """Yield what is to change for what a probe's answer tells to be believed at once."""
@@ -203,9 +210,9 @@ class Learned:
                 wanted[name] = budget
         current = self.current()
         for name, budget in list(wanted.items())[:MAX_LEARNED]:
-            before = current.get(name)
-            if before is None or before.scale != budget.scale:
-                yield Change(name, before, budget)
+            change = Change(name, current.get(name), budget)
+            if change.is_any:
+                yield change
         for name, budget in current.items():
             if name.source in (Source.ADMIN, Source.ADMIN_DAILY) and name not in wanted:
                 yield Change(name, budget, None)
