@@ -10,6 +10,7 @@ import pytest
 from tests.house import MODEL, House, grant, named
 from tests.mirror import learned
 from tests.redis_servers import free_port
+from tokenguard._heads import Told
 from tokenguard.errors import InvalidRequest, InvalidValue, ProviderError
 from tokenguard.model import Budget, Meter, Source
 from tokenguard.provider_limits import ProviderLimits
@@ -27,6 +28,7 @@ TOLD = [
     ("x-ratelimit-remaining-requests", "9999"),
     ("x-ratelimit-reset-requests", "8.64s"),
 ]
+RESTS = [(b"x-ratelimit-remaining-tokens", b"250"), (b"x-ratelimit-reset-tokens", b"30s")]
 
 
 def page(*entries, **members):
@@ -383,6 +385,27 @@ def test_probe_teaches_limits_with_what_remains():
     assert (requests.name.meter, requests.state.level) == (Meter.REQUESTS, 9999)
     assert (tokens.name.meter, tokens.state.budget) == (Meter.TOKENS, learned(30_000))
     assert tokens.state.level == pytest.approx(29_000, abs=300)
+
+
+def test_probe_tells_how_old_its_limits_are():
+    """They have just been told."""
+    with provider([(200, "{}", TOLD)]) as server:
+        entries = Desk(server.url, admin_key=None).limits.sync(probe=MODEL)
+
+    assert [0 <= entry.age_s < 10 for entry in entries] == [True, True]
+
+
+def test_probe_is_newer_than_what_was_heard_before():
+    """An answer of old that told another limit changes nothing where the probe tells the known one."""
+    with provider([(200, "{}", TOLD)]) as server:
+        desk = Desk(server.url, admin_key=None)
+        desk.put(learned(30_000))
+        desk.limits.told(MODEL, Told([(b"x-ratelimit-limit-tokens", b"500"), *RESTS]))
+        requests, tokens = desk.limits.sync(probe=MODEL)
+
+    assert tokens.state.budget == learned(30_000)
+    assert tokens.change is None
+    assert requests.change is not None
 
 
 @pytest.mark.parametrize("probe", ["", " ", "x" * 257, "a\x1fb"])

@@ -365,6 +365,14 @@ def test_reading_the_same_again_changes_nothing(desk):
     assert desk.reads(*limits) == []
 
 
+@pytest.mark.parametrize("limits", [(100, 5000), (5000, 100), (100, MAX_CAPACITY + 1)])
+def test_least_counts_of_a_model_that_is_listed_twice(desk, limits):
+    """In whatever order, on one page or on two."""
+    desk.reads(*(AdminLimit(MODEL, "tokens", limit, MINUTE_S) for limit in limits))
+
+    assert desk.limit(Source.ADMIN) == (100, MINUTE_S)
+
+
 def test_limit_that_cannot_be_counted_is_none(desk):
     """Some accounts have 10^13 tokens per minute, to say that there is no limit."""
     assert desk.reads(AdminLimit(MODEL, "tokens", MAX_CAPACITY + 1, MINUTE_S)) == []
@@ -377,14 +385,6 @@ def test_model_that_is_no_name_is_an_error(desk, model):
         desk.reads(AdminLimit("fine", "tokens", 5, MINUTE_S), AdminLimit(model, "tokens", 5, MINUTE_S))
 
     assert desk.learned.current() == {}
-
-@pytest.mark.parametrize("limits", [(100, 5000), (5000, 100), (100, MAX_CAPACITY + 1)])
-def test_least_counts_of_a_model_that_is_listed_twice(desk, limits):
-    """In whatever order, on one page or on two."""
-    desk.reads(*(AdminLimit(MODEL, "tokens", limit, MINUTE_S) for limit in limits))
-
-    assert desk.limit(Source.ADMIN) == (100, MINUTE_S)
-
 
 
 def test_removing_what_is_gone_is_no_error(desk):

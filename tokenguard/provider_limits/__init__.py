@@ -192,15 +192,16 @@ class ProviderLimits:
         """
         if probe is not None:
             checked_name("probe", probe)
-        changes = list(self._learned.heard())
+        told = list(self._learned.heard())
         if self._source.has_admin:
-            changes += self._read()
+            told += self._read()
         if probe is not None:
-            changes += self._probed(probe)
+            told += self._probed(probe)  # the last, for nothing that was heard before is newer
+        changes = {name: change for name, change in {one.name: one for one in told}.items() if change.is_any}
         if not dry_run:
-            for change in changes:
+            for change in changes.values():
                 self._learned.apply(change)
-        return self._entries({change.name: change for change in changes}, dry_run=dry_run)
+        return self._entries(changes, dry_run=dry_run)
 
     def _read(self) -> list[Change]:
         try:
@@ -212,6 +213,7 @@ class ProviderLimits:
 
     def _probed(self, model: str) -> list[Change]:
         head = Told(self._source.probe(model))
+        self.pace.passed(model, time.perf_counter())
         if not head.usable:
             raise ProviderError(f"the provider's answer for {model} tells no limits that can be used")
         return [change for meter, told in limits_of(head) for change in self._learned.probed(model, meter, told)]

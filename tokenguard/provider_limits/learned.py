@@ -185,14 +185,14 @@ class Learned:
                 yield change
 
     def probed(self, model: str, meter: Meter, told: Reading) -> Iterator[Change]:
-        """Yield what is to change for what a probe's answer tells to be believed at once."""
+        """Yield what is to become of a budget for a probe's answer to be believed at once, be it nothing new."""
         name = BucketName(EVERYBODY, meter, model, Source.HEADERS)
         before, window = self._budgets.find(name), told.window_s
         if window is None:
             self._count("unclear")
             return
         after = _budget(name, told.limit, window)
-        if after is not None and (before is None or before.scale != after.scale):
+        if after is not None:
             yield Change(name, before, after, told.level if before is None else None)
 
     def read(self, limits: Iterable[AdminLimit]) -> Iterator[Change]:
