@@ -255,3 +255,13 @@ def test_turn_is_had_by_who_never_joined():
     backend = House().backend
 
     assert [backend.claim("it", 10, NOW_S + at) for at in (0, 5, 15, 30)] == [True, False, True, True]
+def test_turn_outlasts_no_clock_that_is_set_back(table):
+    """What was claimed in the future keeps nobody waiting until then."""
+    join(table)
+    backend = MemoryBackend(table)
+    assert backend.claim("it", 10, NOW_S + 86_400)
+
+    assert backend.claim("it", 10, NOW_S)
+    assert not backend.claim("it", 10, NOW_S + 5)
+
+
