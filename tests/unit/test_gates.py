@@ -317,6 +317,16 @@ def test_gate_that_could_not_be_closed_is_closed_at_the_next_refusal(caplog):
     assert any("stays open" in record.getMessage() for record in caplog.records)
 
 
+def test_gate_that_cannot_be_closed_is_told_of_once_in_a_while(caplog):
+    """Every refusal tries again, and nearly all of them say nothing."""
+    process = Process(budgets=Down(House().budgets))
+    for tenth in range(1300):
+        process.clock.us = tenth * 100_000
+        process.closes(9.5)
+
+    assert sum("stays open" in record.getMessage() for record in caplog.records) == 3
+
+
 def test_gate_that_cannot_be_removed_is_an_orphan():
     """It is left to whoever sweeps next."""
     house = House()

@@ -65,6 +65,36 @@ def test_alarm_ends_by_itself(table):
     assert alarms.standing(NOW_S + 100 + STALE_S) == []
 
 
+def test_log_is_not_flooded_where_some_calls_are_refused_and_others_are_not(table, caplog):
+    """One line of each kind a minute; the last one tells how things are."""
+    join(table)
+    alarms = Alarms(table)
+    for second in range(120):
+        alarms.sound("insufficient_quota", NOW_S + second)
+        alarms.clear(NOW_S + second + 0.5)
+    assert [record.levelno for record in caplog.records] == 2 * [logging.ERROR, logging.WARNING]
+
+    alarms.sound("insufficient_quota", NOW_S + 119.9)
+    for second in (150, 180, 210):
+        alarms.look(NOW_S + second)
+    assert [record.levelno for record in caplog.records[4:]] == [logging.ERROR]
+
+
+def test_clock_that_is_set_back_ends_an_alarm(table, caplog):
+    """When the provider said so is not known then; if it still does, it says so again."""
+    join(table)
+    alarms = Alarms(table)
+    alarms.sound("insufficient_quota", NOW_S + 3600)
+    alarms.clear(NOW_S + 3601)
+    alarms.sound("insufficient_quota", NOW_S + 3602)
+    assert alarms.standing(NOW_S) == []
+
+    alarms.sound("insufficient_quota", NOW_S + 1)
+    assert alarms.standing(NOW_S + 1) == ["insufficient_quota"]
+    alarms.clear(NOW_S + 2)
+    assert alarms.standing(NOW_S + 2) == []
+
+
 def test_several_codes_stand_beside_each_other(table):
     """Each is told of, in order, and an answered call ends all; what is no known code counts as the first."""
     join(table)
@@ -230,6 +260,16 @@ def test_one_of_many_may(table):
     assert not first.claim("it", 10, NOW_S + 11)
 
 
+def test_turn_outlasts_no_clock_that_is_set_back(table):
+    """What was claimed in the future keeps nobody waiting until then."""
+    join(table)
+    backend = MemoryBackend(table)
+    assert backend.claim("it", 10, NOW_S + 86_400)
+
+    assert backend.claim("it", 10, NOW_S)
+    assert not backend.claim("it", 10, NOW_S + 5)
+
+
 def test_turns_of_different_things_are_apart(table):
     """What is claimed is claimed for itself."""
     backend = MemoryBackend(table)
@@ -255,13 +295,3 @@ def test_turn_is_had_by_who_never_joined():
     backend = House().backend
 
     assert [backend.claim("it", 10, NOW_S + at) for at in (0, 5, 15, 30)] == [True, False, True, True]
-def test_turn_outlasts_no_clock_that_is_set_back(table):
-    """What was claimed in the future keeps nobody waiting until then."""
-    join(table)
-    backend = MemoryBackend(table)
-    assert backend.claim("it", 10, NOW_S + 86_400)
-
-    assert backend.claim("it", 10, NOW_S)
-    assert not backend.claim("it", 10, NOW_S + 5)
-
-

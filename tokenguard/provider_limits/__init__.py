@@ -28,6 +28,7 @@ from tokenguard.provider_limits.alarms import Alarms, Others
 from tokenguard.provider_limits.background import Background
 from tokenguard.provider_limits.gates import Gates
 from tokenguard.provider_limits.learned import Change, Learned, limits_of
+from tokenguard.provider_limits.seldom import Seldom
 from tokenguard.provider_limits.source import ProviderSource
 from tokenguard.providers.limits import Kind, read_refusal
 
@@ -100,6 +101,7 @@ class ProviderLimits:
         self._gates = Gates(budgets, self.pace, self._background, self._carry_out, self._processes)
         self._alarms = Alarms(backend.table)
         self._others = Others(backend.table)
+        self._lines = Seldom()
         self._read_s: float | None = None
         self._failure: str | None = None
 
@@ -168,7 +170,8 @@ class ProviderLimits:
         try:
             self._learned.apply(change)
         except TokenGuardError as error:
-            _log.warning("the provider's limit for %s is not kept: %s", change.name, error)
+            if self._lines.is_due("not kept", time.perf_counter()):
+                _log.warning("the provider's limit for %s is not kept: %s", change.name, error)
 
     def _processes(self) -> int:
         return len(living(self._backend.table)) or 1
@@ -263,7 +266,7 @@ class ProviderLimits:
         self._background.after(SWEEP_S, self._sweep)
         self._gates.sweep([name for name in self._learned.current() if name.meter is Meter.GATE])
         self._others.look(time.perf_counter())
-        self._alarms.standing(time.time())
+        self._alarms.look(time.time())
 
     # --- what is told of all that -----------------------------------------------------------------------------
 
