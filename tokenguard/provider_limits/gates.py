@@ -40,6 +40,9 @@ _SAME = 1.1
 _SOON_S = 0.25
 """A gate is not closed for less than that again and again: it lets calls pass one by one as it is."""
 
+MAX_GATES = 1024
+"""So many gates a process closes at a time at most: some who refuse calls do not look at the model's name."""
+
 _log = logging.getLogger("tokenguard")
 
 
@@ -109,6 +112,8 @@ class Gates:
             before = self._closed.get(model)
             if before is not None and now_s > before.until_s + GENTLE_S:
                 before = None
+            if model not in self._closed and len(self._closed) >= MAX_GATES:
+                return None
             times = 1 if before is None else before.times + 1
             if before is not None and _is_closed_for(before, wait_s, now_s):
                 return None
