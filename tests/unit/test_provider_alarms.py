@@ -212,6 +212,18 @@ def test_what_others_spend_is_shown_of_all_processes(table):
     assert counted(table)[OTHERS] == pytest.approx(shown / 2, abs=1)
 
 
+def test_processes_that_share_the_calls_see_all_that_others_spend(table):
+    """A quarter alone would not be worth telling: each tells the whole, and the metric adds up."""
+    four = [Others(table) for _ in range(4)]
+    for others in four:
+        others.processes = 4
+        spends(others, 300, 50)
+
+    for others in four:
+        assert others.look(300)["m"] == pytest.approx(4 * 3000, rel=0.05)
+    assert counted(table)[OTHERS] == pytest.approx(4 * 3000, rel=0.05)
+
+
 @pytest.mark.parametrize("counting", ["openai", "azure", "usage"])
 @pytest.mark.parametrize("load", [0.2, 3.0])
 def test_nobody_is_accused_while_nobody_else_spends(table, counting, load):

@@ -265,6 +265,7 @@ class ProviderLimits:
     def _sweep(self) -> None:
         self._background.after(SWEEP_S, self._sweep)
         self._gates.sweep([name for name in self._learned.current() if name.meter is Meter.GATE])
+        self._others.processes = self._processes()
         self._others.look(time.perf_counter())
         self._alarms.look(time.time())
 

@@ -107,10 +107,14 @@ def _name(code: str) -> bytes:
 class Others:
     """Somebody else spends what the key is granted: less remains than is left of what went through here.
 
-    How much is a lower bound: what calls here were charged beyond what the provider counted hides as much of it.
+    How much is a lower bound: what calls here were charged beyond what the provider counted hides as much of it. A
+    process sees its part: whichever process is told first that less remains lowers the level for all.
 
     Args:
         table: The node's table.
+
+    Attributes:
+        processes: Among how many processes the calls are spread.
     """
 
     AVERAGED_S = 60.0
@@ -119,6 +123,7 @@ class Others:
     LASTING_S = 20.0
 
     def __init__(self, table: BucketTable) -> None:
+        self.processes = 1
         self._tally = table.tally(OTHERS)
         self._shown = 0
         self._lock = threading.Lock()
@@ -145,9 +150,9 @@ class Others:
             spending.add(spending.moved - moved, now_s, self.AVERAGED_S)
             spending.moved = moved
             spending.notable = max(self.NOTABLE_TOKENS_PER_MINUTE, self.NOTABLE_PART * limit)
-            rate = spending.per_minute(now_s, self.AVERAGED_S)
+            rate = spending.per_minute(now_s, self.AVERAGED_S) * self.processes
             lasting = now_s - spending.began_s >= self.LASTING_S
-            if not spending.told and lasting and spending.in_all >= spending.notable:
+            if not spending.told and lasting and spending.in_all * self.processes >= spending.notable:
                 spending.told = True
                 _log.warning(
                     "somebody else uses the provider's key: of %s about %d tokens per minute are spent beside "
@@ -163,12 +168,12 @@ class Others:
             rates = {}
             for model, spending in list(self._models.items()):
                 spending.add(0, now_s, self.AVERAGED_S)
-                rate = spending.per_minute(now_s, self.AVERAGED_S)
+                rate = spending.per_minute(now_s, self.AVERAGED_S) * self.processes
                 if spending.told and rate >= spending.notable / 2:
                     rates[model] = round(rate)
                 elif spending.told or abs(rate) < self.NOTABLE_TOKENS_PER_MINUTE / 100:
                     del self._models[model]
-            shown = sum(rates.values())
+            shown = sum(rates.values()) // self.processes
             self._tally.add(shown - self._shown)
             self._shown = shown
             return rates
