@@ -260,12 +260,13 @@ def test_models_and_meters_are_learned_apart(desk):
 
 
 def test_only_so_many_limits_are_learned(desk):
-    """Models that callers make up do not fill the table."""
+    """Models that callers make up do not fill the table; that there is no room is counted."""
     desk.house = House(buckets=64)
     budgets = [learned(100, model=f"m{number}") for number in range(MAX_LEARNED)]
     full = Learned(Full(budgets), desk.house.budgets, desk.counted.append)
 
     assert full.hear(MODEL, Meter.TOKENS, told(10_000), 1000) is None
+    assert desk.counted == ["full"]
     assert full.hear("m7", Meter.TOKENS, told(100), 1000) is None
     assert len(list(full.read([AdminLimit(f"a{n}", "tokens", 5, MINUTE_S) for n in range(3000)]))) == MAX_LEARNED
 

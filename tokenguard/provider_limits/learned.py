@@ -157,8 +157,11 @@ class Learned:
     ) -> bool:
         """Return whether a limit is not believed yet: another than before, or one that holds for a whole day."""
         since_s = now_s - self._believed_s.get(name, -STEADY_S)
-        if before is None and (since_s < 1 or len(self.current()) >= MAX_LEARNED):
-            return True  # it is being set, or there is no room
+        if before is None and since_s < 1:
+            return True  # it is being set
+        if before is None and len(self.current()) >= MAX_LEARNED:
+            self._count("full")
+            return True
         if before is None and window == MINUTE_S:
             return False
         doubt = self._doubts.get(name)
