@@ -14,6 +14,9 @@ from tokenguard.providers.limits import QUOTA_CODES
 STALE_S = 300
 """An alarm that nothing confirms ends by itself after so long."""
 
+LINES = 3
+"""So often the log tells in a minute that an alarm begins, and that it ends."""
+
 OTHERS = b"provider_others_tokens_per_minute"
 """The tally of each process's part in what others spend."""
 
@@ -42,7 +45,7 @@ class Alarms:
     def __init__(self, table: BucketTable) -> None:
         self._table = table
         self._lock = threading.Lock()
-        self._lines = Seldom()
+        self._lines = Seldom(LINES)
         self._unwritten: bool | None = None
         self.raised = False
 
@@ -74,11 +77,11 @@ class Alarms:
 
     def _write(self, stands: bool, now_s: float) -> None:
         """Log that calls are refused, or answered again: once in a while, if some are and others are not."""
-        self._unwritten = None if self._lines.is_due("refused" if stands else "answered", now_s) else stands
+        codes = ", ".join(self.standing(now_s))
+        self._unwritten = None if self._lines.is_due(codes, now_s) else stands
         if self._unwritten is not None:
             return
         if stands:
-            codes = ", ".join(self.standing(now_s))
             _log.error("the provider refuses calls until somebody sees to the account: %s", codes)
         else:
             _log.warning("the provider answers calls again")
