@@ -189,6 +189,12 @@ def test_pages_without_an_end_are_given_up():
     assert len(server.asked) == MAX_PAGES
 
 
+def test_next_page_that_no_url_can_ask_for_is_an_error():
+    """The provider says where it begins, at whatever length."""
+    with provider([page(limit("a", 5), has_more=True, last_id="x" * 100_000)]) as server:
+        assert "cannot be asked" in fails(source_of(server.url))
+
+
 def test_second_page_that_fails_is_an_error():
     """Half of the limits are not the limits."""
     with provider([page(limit("a", 5), has_more=True, last_id="a"), (500, "oops", [])]) as server:

@@ -112,7 +112,7 @@ class ProviderSource:
             answer = client.request(method, url.copy_merge_params(params or {}), content=content or None)
         except httpx.TimeoutException:
             raise ProviderError(f"the provider did not answer {method} {path} in {self._timeout_s:g} s") from None
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:  # the latter of a page that begins nowhere
             why = str(error) or type(error).__name__
             raise ProviderError(f"the provider cannot be asked {method} {path}: {self._plain(why)}") from None
         if not 200 <= answer.status_code < 300:
