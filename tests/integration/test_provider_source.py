@@ -2,7 +2,8 @@
 
 import json
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -15,7 +16,7 @@ from tokenguard.errors import InvalidRequest, InvalidValue, ProviderError
 from tokenguard.model import Budget, Meter, Source
 from tokenguard.provider_limits import ProviderLimits
 from tokenguard.provider_limits.gates import gate_of
-from tokenguard.provider_limits.source import MAX_PAGES, ProviderAccount, ProviderSource
+from tokenguard.provider_limits.source import MAX_BYTES, MAX_PAGES, ProviderAccount, ProviderSource
 
 KEY, ADMIN_KEY = "sk-ordinary-0123456789", "sk-admin-9876543210"
 PATH = "/v1/organization/projects/proj%2F1/rate_limits"
@@ -227,6 +228,26 @@ def test_silence_is_told():
         told = fails(source_of(server.url, timeout_s=0.2))
 
     assert told == "the provider did not answer GET /organization/projects/proj%2F1/rate_limits in 0.2 s"
+
+
+def endless(handler, piece, every_s):
+    """Answer, and come to no end, until nobody listens."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    with suppress(OSError):
+        while not handler.server.ending.wait(every_s):
+            handler.wfile.write(piece)
+
+
+def test_answer_that_trickles_is_given_up():
+    """The time is for all of it, and not for each piece."""
+    with provider([partial(endless, piece=b" ", every_s=0.01)]) as server:
+        assert fails(source_of(server.url, timeout_s=0.2)).endswith("rate_limits in 0.2 s")
+
+
+def test_answer_that_is_far_too_long_is_given_up():
+    """It does not fill the memory."""
+    with provider([partial(endless, piece=b" " * 2**20, every_s=0)]) as server:
+        assert f"more than {MAX_BYTES} bytes" in fails(source_of(server.url, timeout_s=60))
 
 
 @pytest.mark.parametrize("how", [cut, garbled, zipped])
