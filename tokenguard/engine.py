@@ -88,7 +88,7 @@ class Engine:
         self.config = config
         self.backend = backend = backend or buckets(config)
         join(backend.table)
-        plans = Plans(backend, config.defaults)
+        plans = Plans(backend, config.defaults, config.provider_limits)
         self.limiter = Limiter(backend, plans)
         self.budgets = Budgets(backend, plans)
         self.estimator = Estimator()

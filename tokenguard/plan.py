@@ -165,11 +165,13 @@ class Plans:
         backend: Where the budgets live.
         defaults: For each kind of scope the tokens, over all models, that an id without a budget of its own
             gets. A kind without a default is unlimited.
+        heeds_provider: Whether what was learned of the provider's own limits binds too; else nobody sees to it.
     """
 
-    def __init__(self, backend: Backend, defaults: Mapping[str, Scale]) -> None:
+    def __init__(self, backend: Backend, defaults: Mapping[str, Scale], heeds_provider: bool = True) -> None:
         self._backend = backend
         self._defaults = dict(defaults)
+        self._heeds_provider = heeds_provider
         self._rooms: dict[BucketName, Headroom] = {}
         self.resolve = lru_cache(MAX_PLANS)(self._resolve)
         self.forget = self.resolve.cache_clear
@@ -207,7 +209,10 @@ class Plans:
         if not explicit:  # PERF: most users have no budget of their own
             return [default] if default else []
         binding = {
-            budget.name: budget for budget in explicit if budget.name.model is None or budget.name.model == model
+            budget.name: budget
+            for budget in explicit
+            if (budget.name.model is None or budget.name.model == model)
+            and (self._heeds_provider or budget.name.source is None)
         }
         if default:
             binding.setdefault(default.name, default)

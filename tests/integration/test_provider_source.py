@@ -2,7 +2,8 @@
 
 import json
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -10,11 +11,12 @@ import pytest
 from tests.house import MODEL, House, grant, named
 from tests.mirror import learned
 from tests.redis_servers import free_port
+from tokenguard._heads import Told
 from tokenguard.errors import InvalidRequest, InvalidValue, ProviderError
 from tokenguard.model import Budget, Meter, Source
 from tokenguard.provider_limits import ProviderLimits
 from tokenguard.provider_limits.gates import gate_of
-from tokenguard.provider_limits.source import MAX_PAGES, ProviderAccount, ProviderSource
+from tokenguard.provider_limits.source import MAX_BYTES, MAX_PAGES, ProviderAccount, ProviderSource
 
 KEY, ADMIN_KEY = "sk-ordinary-0123456789", "sk-admin-9876543210"
 PATH = "/v1/organization/projects/proj%2F1/rate_limits"
@@ -27,6 +29,7 @@ TOLD = [
     ("x-ratelimit-remaining-requests", "9999"),
     ("x-ratelimit-reset-requests", "8.64s"),
 ]
+RESTS = [(b"x-ratelimit-remaining-tokens", b"250"), (b"x-ratelimit-reset-tokens", b"30s")]
 
 
 def page(*entries, **members):
@@ -187,6 +190,12 @@ def test_pages_without_an_end_are_given_up():
     assert len(server.asked) == MAX_PAGES
 
 
+def test_next_page_that_no_url_can_ask_for_is_an_error():
+    """The provider says where it begins, at whatever length."""
+    with provider([page(limit("a", 5), has_more=True, last_id="x" * 100_000)]) as server:
+        assert "cannot be asked" in fails(source_of(server.url))
+
+
 def test_second_page_that_fails_is_an_error():
     """Half of the limits are not the limits."""
     with provider([page(limit("a", 5), has_more=True, last_id="a"), (500, "oops", [])]) as server:
@@ -219,6 +228,26 @@ def test_silence_is_told():
         told = fails(source_of(server.url, timeout_s=0.2))
 
     assert told == "the provider did not answer GET /organization/projects/proj%2F1/rate_limits in 0.2 s"
+
+
+def endless(handler, piece, every_s):
+    """Answer, and come to no end, until nobody listens."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    with suppress(OSError):
+        while not handler.server.ending.wait(every_s):
+            handler.wfile.write(piece)
+
+
+def test_answer_that_trickles_is_given_up():
+    """The time is for all of it, and not for each piece."""
+    with provider([partial(endless, piece=b" ", every_s=0.01)]) as server:
+        assert fails(source_of(server.url, timeout_s=0.2)).endswith("rate_limits in 0.2 s")
+
+
+def test_answer_that_is_far_too_long_is_given_up():
+    """It does not fill the memory."""
+    with provider([partial(endless, piece=b" " * 2**20, every_s=0)]) as server:
+        assert f"more than {MAX_BYTES} bytes" in fails(source_of(server.url, timeout_s=60))
 
 
 @pytest.mark.parametrize("how", [cut, garbled, zipped])
@@ -383,6 +412,27 @@ def test_probe_teaches_limits_with_what_remains():
     assert (requests.name.meter, requests.state.level) == (Meter.REQUESTS, 9999)
     assert (tokens.name.meter, tokens.state.budget) == (Meter.TOKENS, learned(30_000))
     assert tokens.state.level == pytest.approx(29_000, abs=300)
+
+
+def test_probe_tells_how_old_its_limits_are():
+    """They have just been told."""
+    with provider([(200, "{}", TOLD)]) as server:
+        entries = Desk(server.url, admin_key=None).limits.sync(probe=MODEL)
+
+    assert [0 <= entry.age_s < 10 for entry in entries] == [True, True]
+
+
+def test_probe_is_newer_than_what_was_heard_before():
+    """An answer of old that told another limit changes nothing where the probe tells the known one."""
+    with provider([(200, "{}", TOLD)]) as server:
+        desk = Desk(server.url, admin_key=None)
+        desk.put(learned(30_000))
+        desk.limits.told(MODEL, Told([(b"x-ratelimit-limit-tokens", b"500"), *RESTS]))
+        requests, tokens = desk.limits.sync(probe=MODEL)
+
+    assert tokens.state.budget == learned(30_000)
+    assert tokens.change is None
+    assert requests.change is not None
 
 
 @pytest.mark.parametrize("probe", ["", " ", "x" * 257, "a\x1fb"])

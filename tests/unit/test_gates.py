@@ -14,7 +14,7 @@ from tokenguard.errors import BackendDown
 from tokenguard.headroom import Pace
 from tokenguard.limiter import Reservation
 from tokenguard.model import Meter
-from tokenguard.provider_limits.gates import FIRST_WAIT_S, GENTLE_S, LONGEST_WAIT_S, Gates, gate_of
+from tokenguard.provider_limits.gates import FIRST_WAIT_S, GENTLE_S, LONGEST_WAIT_S, MAX_GATES, Gates, gate_of
 
 
 class Clock:
@@ -315,6 +315,30 @@ def test_gate_that_could_not_be_closed_is_closed_at_the_next_refusal(caplog):
 
     assert not process.passes()
     assert any("stays open" in record.getMessage() for record in caplog.records)
+
+
+def test_gate_that_cannot_be_closed_is_told_of_once_in_a_while(caplog):
+    """Every refusal tries again, and nearly all of them say nothing."""
+    process = Process(budgets=Down(House().budgets))
+    for tenth in range(1300):
+        process.clock.us = tenth * 100_000
+        process.closes(9.5)
+
+    assert sum("stays open" in record.getMessage() for record in caplog.records) == 3
+
+
+def test_gates_of_models_that_callers_make_up_are_bounded():
+    """Who refuses all calls, whatever model they ask for, fills neither the table nor the memory."""
+    process = Process(House(buckets=4096))
+    for number in range(2 * MAX_GATES):
+        process.closes(10.0, model=f"m{number}")
+    assert len(process.house.backend.budgets()) == MAX_GATES
+    process.closes(20.0, model="m0")
+    process.clock.goes_to(20.0)
+
+    assert [budget.name.model for budget in process.house.backend.budgets()] == ["m0"]
+    process.closes(10.0, model="another")
+    assert not process.passes("another")
 
 
 def test_gate_that_cannot_be_removed_is_an_orphan():

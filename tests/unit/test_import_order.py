@@ -168,6 +168,7 @@ BY_THE_CLOCK = {
     "backends.keeper",
     "provider_limits",
     "provider_limits.background",
+    "provider_limits.source",
     "upstream.httpx_hop",
 }
 """Lower rooms that do something now and then, or wait, on their own; they decide upon no bucket."""

@@ -260,12 +260,13 @@ def test_models_and_meters_are_learned_apart(desk):
 
 
 def test_only_so_many_limits_are_learned(desk):
-    """Models that callers make up do not fill the table."""
+    """Models that callers make up do not fill the table; that there is no room is counted."""
     desk.house = House(buckets=64)
     budgets = [learned(100, model=f"m{number}") for number in range(MAX_LEARNED)]
     full = Learned(Full(budgets), desk.house.budgets, desk.counted.append)
 
     assert full.hear(MODEL, Meter.TOKENS, told(10_000), 1000) is None
+    assert desk.counted == ["full"]
     assert full.hear("m7", Meter.TOKENS, told(100), 1000) is None
     assert len(list(full.read([AdminLimit(f"a{n}", "tokens", 5, MINUTE_S) for n in range(3000)]))) == MAX_LEARNED
 
@@ -297,6 +298,19 @@ def test_heard_last_is_believed_when_somebody_asks(desk):
     desk.learned.apply(change)
     assert desk.limit() == (5000, MINUTE_S)
     assert list(desk.learned.heard()) == []
+
+
+def test_heard_before_another_process_changed_the_budget_is_no_news(desk):
+    """Who has seen no call since then has nothing newer to tell when somebody asks."""
+    other = Desk(desk.house)
+    desk.hears(told(5000), 1000)
+    for now_s in (1020, 1021, 1022):
+        other.hears(told(10_000), now_s)
+
+    assert desk.limit() == (10_000, MINUTE_S)
+    assert list(desk.learned.heard()) == []
+    desk.hears(told(5000), 1023)
+    assert [change.after for change in desk.learned.heard()] == [learned(5000)]
 
 
 def test_probe_is_believed_at_once(desk):
@@ -350,6 +364,14 @@ def test_reading_the_same_again_changes_nothing(desk):
     assert len(desk.reads(*limits)) == 1
 
     assert desk.reads(*limits) == []
+
+
+@pytest.mark.parametrize("limits", [(100, 5000), (5000, 100), (100, MAX_CAPACITY + 1)])
+def test_least_counts_of_a_model_that_is_listed_twice(desk, limits):
+    """In whatever order, on one page or on two."""
+    desk.reads(*(AdminLimit(MODEL, "tokens", limit, MINUTE_S) for limit in limits))
+
+    assert desk.limit(Source.ADMIN) == (100, MINUTE_S)
 
 
 def test_limit_that_cannot_be_counted_is_none(desk):

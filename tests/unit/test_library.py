@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 import tokenguard
+from tests.mirror import learned
 from tokenguard import (
     AlreadySettled,
     BudgetExceeded,
@@ -692,6 +693,18 @@ def test_budget_that_is_not_there(limiter):
         limiter.budgets.get("role", "dev")
     limiter.budgets.set("role", "dev", capacity=10, refill_per_sec=1)
     assert limiter.budgets.delete("role", "dev") is None
+
+
+def test_budget_that_was_learned_is_shown_and_removed(limiter):
+    """By its source, as it is listed; one that was set for the same model stays."""
+    ours = limiter.budgets.set("global", capacity=10, refill_per_sec=0, model="gpt-4o")
+    limiter._engine.budgets.put(learned(60))
+    (state,) = (state for state in limiter.budgets.list() if state.source == "headers")
+
+    which = {"meter": state.meter, "model": state.model, "source": state.source}
+    assert limiter.budgets.get("global", **which).capacity == 60
+    assert limiter.budgets.delete("global", **which) is None
+    assert limiter.budgets.list() == [ours]
 
 
 def test_list_is_whole(limiter):

@@ -5,9 +5,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.house import ALICE, MODEL, House, grant, named
+from tests.mirror import learned
 from tests.strategies import properties
 from tokenguard.model import SCOPE_KINDS, SETTABLE_METERS, Budget, Identity, Meter
-from tokenguard.plan import MAX_PLANS, Plan
+from tokenguard.plan import MAX_PLANS, Plan, Plans
+from tokenguard.provider_limits.gates import gate_of
 
 EVERYBODY = {kind: grant(1000 * (5 - level)) for level, kind in enumerate(SCOPE_KINDS)}
 
@@ -112,6 +114,18 @@ def test_budget_of_one_model_joins_that_of_all():
         f"user:alice on requests of {MODEL}",
     ]
     assert path(house, model="another") == ["user:alice on tokens"]
+
+
+def test_what_was_learned_of_the_provider_binds_nobody_where_it_is_not_heeded():
+    """Neither a limit nor a gate that an earlier process has left: nobody would see to them anymore."""
+    house = House()
+    house.set("global", grant(10))
+    house.backend.put(learned(60))
+    house.backend.put(Budget(gate_of(MODEL), grant(1)))
+    assert len(path(house)) == 3
+
+    house.plans = Plans(house.backend, {}, heeds_provider=False)
+    assert path(house) == ["global:* on tokens"]
 
 
 def test_longest_path_fits_the_table():

@@ -15,7 +15,7 @@ from tokenguard.backends.workers import counted, join
 from tokenguard.headroom import Headroom
 from tokenguard.metrics import Metrics
 from tokenguard.model import Meter
-from tokenguard.provider_limits.alarms import OTHERS, STALE_S, Alarms, Others
+from tokenguard.provider_limits.alarms import LINES, OTHERS, STALE_S, Alarms, Others
 
 NOW_S = 1_790_000_000
 NOBODY = 2**22 - 1
@@ -65,6 +65,36 @@ def test_alarm_ends_by_itself(table):
 
     assert alarms.standing(NOW_S + 100 + STALE_S - 1) == ["insufficient_quota"]
     assert alarms.standing(NOW_S + 100 + STALE_S) == []
+
+
+def test_log_is_not_flooded_where_some_calls_are_refused_and_others_are_not(table, caplog):
+    """Three lines of each kind a minute; the last one tells how things are."""
+    join(table)
+    alarms = Alarms(table)
+    for tenth in range(1200):
+        alarms.sound("insufficient_quota", NOW_S + tenth / 10)
+        alarms.clear(NOW_S + tenth / 10 + 0.05)
+    assert [record.levelno for record in caplog.records] == 2 * LINES * [logging.ERROR, logging.WARNING]
+
+    alarms.sound("insufficient_quota", NOW_S + 119.99)
+    for second in (130, 160, 190):
+        alarms.look(NOW_S + second)
+    assert [record.levelno for record in caplog.records[4 * LINES :]] == [logging.ERROR]
+
+
+def test_clock_that_is_set_back_ends_an_alarm(table, caplog):
+    """When the provider said so is not known then; if it still does, it says so again."""
+    join(table)
+    alarms = Alarms(table)
+    alarms.sound("insufficient_quota", NOW_S + 3600)
+    alarms.clear(NOW_S + 3601)
+    alarms.sound("insufficient_quota", NOW_S + 3602)
+    assert alarms.standing(NOW_S) == []
+
+    alarms.sound("insufficient_quota", NOW_S + 1)
+    assert alarms.standing(NOW_S + 1) == ["insufficient_quota"]
+    alarms.clear(NOW_S + 2)
+    assert alarms.standing(NOW_S + 2) == []
 
 
 def test_several_codes_stand_beside_each_other(table):
@@ -238,6 +268,16 @@ def test_what_others_spend_is_shown_of_all_processes(table):
     assert counted(table)[name] == pytest.approx(shown / 2, abs=1)
 
 
+def test_processes_that_share_the_calls_tell_all_that_others_spend(table):
+    """A quarter is what each sees: it tells the whole, and the metric adds up."""
+    four = [Others(table) for _ in range(4)]
+    for others in four:
+        told = spends(others, Watched(), 300, 150, processes=4)
+        assert told["m"] == pytest.approx(4 * 9000, rel=0.05)
+
+    assert counted(table)[OTHERS[Meter.TOKENS]] == pytest.approx(4 * 9000, rel=0.05)
+
+
 @pytest.mark.parametrize("counting", ["openai", "azure", "usage"])
 @pytest.mark.parametrize("load", [0.3, 0.7, 3.0])
 @pytest.mark.parametrize(("burst", "long"), [(1, 0.2), (20, 0.0)])
@@ -326,6 +366,16 @@ def test_one_of_many_may(table):
     assert not second.claim("it", 10, NOW_S + 9)
     assert second.claim("it", 10, NOW_S + 11)
     assert not first.claim("it", 10, NOW_S + 11)
+
+
+def test_turn_outlasts_no_clock_that_is_set_back(table):
+    """What was claimed in the future keeps nobody waiting until then."""
+    join(table)
+    backend = MemoryBackend(table)
+    assert backend.claim("it", 10, NOW_S + 86_400)
+
+    assert backend.claim("it", 10, NOW_S)
+    assert not backend.claim("it", 10, NOW_S + 5)
 
 
 def test_turns_of_different_things_are_apart(table):

@@ -241,6 +241,15 @@ def test_budget_set_by_hand_stays_as_it_is(desk):
     assert desk.budget() == learned(30_000, model=M)
 
 
+def test_limits_that_cannot_be_kept_are_told_of_in_one_line(desk, caplog):
+    """While budgets cannot be changed, every answer of every model would have one."""
+    for number in range(300):
+        desk.answered(fields=limits(), model=f"m{number}")
+
+    assert len(desk.house.backend.budgets()) < 300
+    assert sum("is not kept" in record.getMessage() for record in caplog.records) == 1
+
+
 # --- whatever a provider says -------------------------------------------------------------------------------
 
 numbers = st.sampled_from(["-1", "0", "1", "5", "60", "500", "10000", "30000", "9" * 15, "9" * 16, "", "x", "5.0"])

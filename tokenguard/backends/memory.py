@@ -90,11 +90,12 @@ class MemoryBackend:
 
     def claim(self, what: str, for_s: float, now_s: float) -> bool:
         """Return whether it is for this process of the node to do something now."""
-        name = f"claimed\x1f{what}".encode()
+        name, now_ms = f"claimed\x1f{what}".encode(), int(now_s * 1000)
         with changing(self.table):
-            if now_s - max(self.table.tallies().get(name, (0,))) / 1000 < for_s:
+            claimed = self.table.tallies().get(name, ())
+            if any(now_ms - for_s * 1000 < at_ms <= now_ms for at_ms in claimed):  # later, the clock was set back
                 return False
-            state(self.table, name, int(now_s * 1000))
+            state(self.table, name, now_ms)
             return True
 
     def refresh(self) -> None:

@@ -87,6 +87,7 @@ class Budgets:
         *,
         meter: str = "tokens",
         model: str | None = None,
+        source: str | None = None,
     ) -> BudgetState:
         """Return the budget that holds for a scope, set or default, with its level.
 
@@ -95,12 +96,13 @@ class Budgets:
             id: Whose, of that kind; left out for ``global``.
             meter: ``tokens`` or ``requests``.
             model: Of which model's calls; all models by default.
+            source: Where it was learned of the provider, as ``list`` tells; by default it is one that was set.
 
         Raises:
             BudgetNotFound: There is none: it is unlimited.
             InvalidValue: It cannot be the name of one.
         """
-        return self._inner.get(_name(scope, id, meter, model))
+        return self._inner.get(_name(scope, id, meter, model, source))
 
     def list(self) -> list[BudgetState]:
         """Return all budgets that were set, or learned of the provider, with their levels."""
@@ -117,17 +119,18 @@ class Budgets:
         *,
         meter: str = "tokens",
         model: str | None = None,
+        source: str | None = None,
     ) -> BudgetState | None:
-        """Remove a budget that was set; return the default that holds in its stead, or None if there is none.
+        """Remove a budget that was set or learned; return the default in its stead, or None if there is none.
 
         Takes what ``get`` takes.
 
         Raises:
-            BudgetNotFound: None was set.
+            BudgetNotFound: There is none.
             InvalidValue: It cannot be the name of one.
             StateUnwritable: That could not be put on the disk; nothing was changed.
         """
-        default = self._inner.delete(_name(scope, id, meter, model))
+        default = self._inner.delete(_name(scope, id, meter, model, source))
         self._desk.line.stir()
         return default
 
@@ -136,5 +139,5 @@ def _members(scope: str, scope_id: str | None, meter: str, model: str | None) ->
     return {"scope": scope, "id": scope_id, "meter": meter, "model": model}
 
 
-def _name(scope: str, scope_id: str | None, meter: str, model: str | None) -> BucketName:
-    return read_name(_members(scope, scope_id, meter, model))
+def _name(scope: str, scope_id: str | None, meter: str, model: str | None, source: str | None) -> BucketName:
+    return read_name({**_members(scope, scope_id, meter, model), "source": source})

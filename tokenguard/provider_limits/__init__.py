@@ -27,6 +27,7 @@ from tokenguard.provider_limits.alarms import Alarms, Others
 from tokenguard.provider_limits.background import Background
 from tokenguard.provider_limits.gates import Gates
 from tokenguard.provider_limits.learned import Change, Learned, limits_of
+from tokenguard.provider_limits.seldom import Seldom
 from tokenguard.provider_limits.source import ProviderSource
 from tokenguard.providers.limits import Kind, read_refusal
 
@@ -99,6 +100,7 @@ class ProviderLimits:
         self._gates = Gates(budgets, self.pace, self._background, self._carry_out, self._processes)
         self._alarms = Alarms(backend.table)
         self._others = Others(backend.table)
+        self._lines = Seldom()
         self._read_s: float | None = None
         self._failure: str | None = None
 
@@ -163,7 +165,8 @@ class ProviderLimits:
         try:
             self._learned.apply(change)
         except TokenGuardError as error:
-            _log.warning("the provider's limit for %s is not kept: %s", change.name, error)
+            if self._lines.is_due("not kept", time.perf_counter()):
+                _log.warning("the provider's limit for %s is not kept: %s", change.name, error)
 
     def _processes(self) -> int:
         return len(living(self._backend.table)) or 1
@@ -187,15 +190,16 @@ class ProviderLimits:
         """
         if probe is not None:
             checked_name("probe", probe)
-        changes = list(self._learned.heard())
+        told = list(self._learned.heard())
         if self._source.has_admin:
-            changes += self._read()
+            told += self._read()
         if probe is not None:
-            changes += self._probed(probe)
+            told += self._probed(probe)  # the last, for nothing that was heard before is newer
+        changes = {name: change for name, change in {one.name: one for one in told}.items() if change.is_any}
         if not dry_run:
-            for change in changes:
+            for change in changes.values():
                 self._learned.apply(change)
-        return self._entries({change.name: change for change in changes}, dry_run=dry_run)
+        return self._entries(changes, dry_run=dry_run)
 
     def _read(self) -> list[Change]:
         try:
@@ -207,6 +211,7 @@ class ProviderLimits:
 
     def _probed(self, model: str) -> list[Change]:
         head = Told(self._source.probe(model))
+        self.pace.passed(model, time.perf_counter())
         if not head.usable:
             raise ProviderError(f"the provider's answer for {model} tells no limits that can be used")
         return [change for meter, told in limits_of(head) for change in self._learned.probed(model, meter, told)]
@@ -256,7 +261,7 @@ class ProviderLimits:
         self._background.after(SWEEP_S, self._sweep)
         self._gates.sweep([name for name in self._learned.current() if name.meter is Meter.GATE])
         self._look_at_others()
-        self._alarms.standing(time.time())
+        self._alarms.look(time.time())
 
     def _look_at_others(self) -> dict[Meter, dict[str, int]]:
         return self._others.look(self._budgets.followed(), self._processes(), time.perf_counter())

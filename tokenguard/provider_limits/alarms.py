@@ -12,10 +12,14 @@ from tokenguard.backends.workers import state
 from tokenguard.headroom import Headroom
 from tokenguard.model import BucketName, Budget, Meter
 from tokenguard.provider_limits.learned import per_minute, window_of
+from tokenguard.provider_limits.seldom import Seldom
 from tokenguard.providers.limits import MINUTE_S, QUOTA_CODES
 
 STALE_S = 300
 """An alarm that nothing confirms ends by itself after so long."""
+
+LINES = 3
+"""So often the log tells in a minute that an alarm begins, and that it ends."""
 
 OTHERS = {
     Meter.TOKENS: b"provider_others_tokens_per_minute",
@@ -53,6 +57,8 @@ class Alarms:
     def __init__(self, table: BucketTable) -> None:
         self._table = table
         self._lock = threading.Lock()
+        self._lines = Seldom(LINES)
+        self._unwritten: bool | None = None
         self.raised = False
 
     def sound(self, code: str, now_s: float) -> None:
@@ -63,8 +69,8 @@ class Alarms:
             new = not self.standing(now_s)
             state(self._table, _name(code), int(now_s * 1000))
             self.raised = True
-        if new:
-            _log.error("the provider refuses calls until somebody sees to the account: %s", code)
+            if new:
+                self._write(True, now_s)
 
     def clear(self, now_s: float) -> None:
         """A call has been answered."""
@@ -73,14 +79,38 @@ class Alarms:
                 return
             state(self._table, _CLEARED, int(now_s * 1000))
             self.raised = False
-        _log.warning("the provider answers calls again")
+            self._write(False, now_s)
+
+    def look(self, now_s: float) -> None:
+        """Write how things are, if that was not said when they became so, for the same had just been said."""
+        with self._lock:
+            if self._unwritten is bool(self.standing(now_s)):
+                self._write(self._unwritten, now_s)
+
+    def _write(self, stands: bool, now_s: float) -> None:
+        """Log that calls are refused, or answered again: once in a while, if some are and others are not."""
+        codes = ", ".join(self.standing(now_s))
+        self._unwritten = None if self._lines.is_due(codes, now_s) else stands
+        if self._unwritten is not None:
+            return
+        if stands:
+            _log.error("the provider refuses calls until somebody sees to the account: %s", codes)
+        else:
+            _log.warning("the provider answers calls again")
 
     def standing(self, now_s: float) -> list[str]:
-        """Return the codes that a process of the node was told lately, and since a call was answered."""
-        tallies = self._table.tallies()
-        cleared_ms = max(tallies.get(_CLEARED, (0,)))
-        since_ms = max(cleared_ms, int((now_s - STALE_S) * 1000))
-        found = [code for code in sorted(QUOTA_CODES) if max(tallies.get(_name(code), (0,))) > since_ms]
+        """Return the codes that a process of the node was told lately, and since a call was answered.
+
+        What was told in the future was so before the clock was set back: nobody knows when.
+        """
+        now_ms, tallies = int(now_s * 1000), self._table.tallies()
+        cleared_ms = max((at_ms for at_ms in tallies.get(_CLEARED, ()) if at_ms <= now_ms), default=0)
+        since_ms = max(cleared_ms, now_ms - STALE_S * 1000)
+        found = [
+            code
+            for code in sorted(QUOTA_CODES)
+            if any(since_ms < at_ms <= now_ms for at_ms in tallies.get(_name(code), ()))
+        ]
         self.raised = bool(found)
         return found
 

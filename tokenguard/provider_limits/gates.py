@@ -25,6 +25,7 @@ from tokenguard.headroom import Pace
 from tokenguard.model import EVERYBODY, BucketName, Budget, Meter, Scale, Source
 from tokenguard.plan import GATE_COST
 from tokenguard.provider_limits.background import Background
+from tokenguard.provider_limits.seldom import Seldom
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
 """How long a gate closes if the provider does not say, doubled each time; and at most: then one call is tried."""
@@ -39,10 +40,8 @@ _SAME = 1.1
 _SOON_S = 0.25
 """A gate is not closed for less than that again and again: it lets calls pass one by one as it is."""
 
-SILENCE_S = 60.0
-"""How long after a line in the log there is no other of the same model's gate."""
-MAX_MODELS = 1024
-"""Of so many models it is remembered when there was one."""
+MAX_GATES = 1024
+"""So many gates a process closes at a time at most: some who refuse calls do not look at the model's name."""
 
 _log = logging.getLogger("tokenguard")
 
@@ -97,7 +96,8 @@ class Gates:
         self._now_us = now_us
         self._lock = threading.Lock()
         self._closed: dict[str, _Closed] = {}
-        self._said_s: dict[str, float] = {}
+        self._closing = Seldom()
+        self._failing = Seldom()
 
     def close(self, model: str, wait_s: float | None, why: str, now_s: float) -> asyncio.Future[Any] | None:
         """Close a model's gate; return what is done once it is closed for all, if that takes a while.
@@ -112,6 +112,8 @@ class Gates:
             before = self._closed.get(model)
             if before is not None and now_s > before.until_s + GENTLE_S:
                 before = None
+            if model not in self._closed and len(self._closed) >= MAX_GATES:
+                return None
             times = 1 if before is None else before.times + 1
             if before is not None and _is_closed_for(before, wait_s, now_s):
                 return None
@@ -130,10 +132,7 @@ class Gates:
 
     def _say(self, model: str, wait_s: float, why: str, now_s: float) -> None:
         """Log that a gate closes, once in a while."""
-        if now_s - self._said_s.get(model, -SILENCE_S) >= SILENCE_S:
-            while len(self._said_s) >= MAX_MODELS:
-                self._said_s.pop(next(iter(self._said_s)), None)
-            self._said_s[model] = now_s
+        if self._closing.is_due(model, now_s):
             _log.warning(
                 "the provider asks to wait for %.3g s (%s): calls of %s are held back", wait_s, why, model
             )
@@ -161,7 +160,8 @@ class Gates:
             self._apply(partial(self._put, budget, level, closed))
 
     def _failed(self, name: BucketName, closed: _Closed, error: BaseException) -> None:
-        _log.warning("the gate of %s stays open: %s", name.model, error)
+        if self._failing.is_due(name.model or "", closed.at_s):
+            _log.warning("the gate of %s stays open: %s", name.model, error)
         self._forget(name.model, closed)  # so that the next refusal closes it
 
     def sweep(self, gates: list[BucketName]) -> None:

@@ -78,6 +78,11 @@ class Change(NamedTuple):
     after: Budget | None
     level: int | None = None
 
+    @property
+    def is_any(self) -> bool:
+        """Whether anything is to change at all."""
+        return self.before is None or self.after is None or self.before.scale != self.after.scale
+
 
 class _Doubt(NamedTuple):
     told: Budget
@@ -100,7 +105,7 @@ class Learned:
         self._lock = threading.Lock()
         self._doubts: dict[BucketName, _Doubt] = {}
         self._believed_s: dict[BucketName, float] = {}
-        self._latest: dict[BucketName, Budget] = {}
+        self._latest: dict[BucketName, Change] = {}
 
     def current(self) -> dict[BucketName, Budget]:
         """Return the budgets that were learned, as this process knows them, and the gates."""
@@ -128,7 +133,7 @@ class Learned:
             return None
         with self._lock:
             if window == MINUTE_S or (before is not None and window == window_of(before)):
-                _keep(self._latest, name, after)
+                _keep(self._latest, name, Change(name, before, after))
             if before is not None and before.scale == after.scale:
                 self._doubts.pop(name, None)
                 return None
@@ -152,8 +157,11 @@ class Learned:
     ) -> bool:
         """Return whether a limit is not believed yet: another than before, or one that holds for a whole day."""
         since_s = now_s - self._believed_s.get(name, -STEADY_S)
-        if before is None and (since_s < 1 or len(self.current()) >= MAX_LEARNED):
-            return True  # it is being set, or there is no room
+        if before is None and since_s < 1:
+            return True  # it is being set
+        if before is None and len(self.current()) >= MAX_LEARNED:
+            self._count("full")
+            return True
         if before is None and window == MINUTE_S:
             return False
         doubt = self._doubts.get(name)
@@ -171,25 +179,27 @@ class Learned:
         return Change(name, before, after, level if before is None else None)
 
     def heard(self) -> Iterator[Change]:
-        """Yield what is to change for all that was heard last to be believed at once."""
-        for name, after in list(self._latest.items()):
-            before = self._budgets.find(name)
-            if before is not None and before.scale != after.scale:
-                yield Change(name, before, after)
+        """Yield what is to change for all that was heard last to be believed at once.
+
+        What was heard before another process changed the budget is no news anymore.
+        """
+        for name, change in list(self._latest.items()):
+            if change.before is not None and change.is_any and change.before == self._budgets.find(name):
+                yield change
 
     def probed(self, model: str, meter: Meter, told: Reading) -> Iterator[Change]:
-        """Yield what is to change for what a probe's answer tells to be believed at once."""
+        """Yield what is to become of a budget for a probe's answer to be believed at once, be it nothing new."""
         name = BucketName(EVERYBODY, meter, model, Source.HEADERS)
         before, window = self._budgets.find(name), told.window_s
         if window is None:
             self._count("unclear")
             return
         after = _budget(name, told.limit, window)
-        if after is not None and (before is None or before.scale != after.scale):
+        if after is not None:
             yield Change(name, before, after, told.level if before is None else None)
 
     def read(self, limits: Iterable[AdminLimit]) -> Iterator[Change]:
-        """Yield what is to change for the budgets to be what the admin API tells.
+        """Yield what is to change for the budgets to be what the admin API tells; the least, if it does so twice.
 
         Raises:
             InvalidValue: It tells what no budget can be.
@@ -198,13 +208,14 @@ class Learned:
         for limit in limits:
             source = Source.ADMIN if limit.window_s == MINUTE_S else Source.ADMIN_DAILY
             name = BucketName(EVERYBODY, Meter(limit.meter), checked_name("model", limit.model), source)
-            if (budget := _budget(name, limit.limit, limit.window_s)) is not None:
+            budget, other = _budget(name, limit.limit, limit.window_s), wanted.get(name)
+            if budget is not None and (other is None or budget.scale.capacity < other.scale.capacity):
                 wanted[name] = budget
         current = self.current()
         for name, budget in list(wanted.items())[:MAX_LEARNED]:
-            before = current.get(name)
-            if before is None or before.scale != budget.scale:
-                yield Change(name, before, budget)
+            change = Change(name, current.get(name), budget)
+            if change.is_any:
+                yield change
         for name, budget in current.items():
             if name.source in (Source.ADMIN, Source.ADMIN_DAILY) and name not in wanted:
                 yield Change(name, budget, None)

@@ -6,6 +6,7 @@ Source: https://platform.openai.com/docs/api-reference/project-rate-limits
 from __future__ import annotations
 
 import json
+import time
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -18,6 +19,8 @@ from tokenguard.providers.openai import CHAT_PATH
 
 PAGE = 100
 MAX_PAGES = 100
+MAX_BYTES = 2**24
+"""An answer is given up that is longer."""
 
 
 class ProviderAccount(NamedTuple):
@@ -44,7 +47,7 @@ class ProviderSource:
 
     Args:
         account: Whose limits.
-        timeout_s: For a connection, and for each piece of an answer.
+        timeout_s: For an answer, all of it, and for a connection before that.
     """
 
     def __init__(self, account: ProviderAccount, timeout_s: float) -> None:
@@ -68,9 +71,9 @@ class ProviderSource:
         with self._client({"authorization": f"Bearer {self._account.admin_key}"}) as client:
             for _ in range(MAX_PAGES):
                 params = {"limit": str(PAGE)} | ({} if after is None else {"after": after})
-                answer = self._ask(client, "GET", path, params=params)
+                _, body = self._ask(client, "GET", path, params=params)
                 try:
-                    page, after = read_page(answer.content)
+                    page, after = read_page(body)
                 except ValueError as error:
                     raise ProviderError(f"the provider's answer to GET {path} cannot be read: {error}") from None
                 limits += page
@@ -91,7 +94,7 @@ class ProviderSource:
         body = json.dumps({"model": model, "messages": [message], "max_completion_tokens": 1})
         fields = {name.decode(): value.decode() for name, value in self._account.credentials}
         with self._client({**fields, "content-type": "application/json"}) as client:
-            answer = self._ask(client, "POST", CHAT_PATH, content=body)
+            answer, _ = self._ask(client, "POST", CHAT_PATH, content=body)
         return [(name.lower(), value) for name, value in answer.headers.raw]
 
     def _client(self, fields: dict[str, str]) -> httpx.Client:
@@ -105,20 +108,32 @@ class ProviderSource:
         *,
         params: dict[str, str] | None = None,
         content: str = "",
-    ) -> httpx.Response:
+    ) -> tuple[httpx.Response, bytes]:
         url = httpx.URL(self._account.base_url)
         url = url.copy_with(path=url.path.rstrip("/") + path)
         try:
-            answer = client.request(method, url.copy_merge_params(params or {}), content=content or None)
+            with client.stream(method, url.copy_merge_params(params or {}), content=content or None) as answer:
+                body = self._body(answer)
         except httpx.TimeoutException:
             raise ProviderError(f"the provider did not answer {method} {path} in {self._timeout_s:g} s") from None
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:  # the latter of a page that begins nowhere
             why = str(error) or type(error).__name__
             raise ProviderError(f"the provider cannot be asked {method} {path}: {self._plain(why)}") from None
         if not 200 <= answer.status_code < 300:
-            said = error_text(self._plain(answer.text).encode())
+            said = error_text(self._plain(body.decode(errors="replace")).encode())
             raise ProviderError(f"the provider answered {answer.status_code} to {method} {path}: {said}")
-        return answer
+        return answer, body
+
+    def _body(self, answer: httpx.Response) -> bytes:
+        """Return the body of an answer, which is given up if it takes too long or does not end."""
+        until_s, body = time.monotonic() + self._timeout_s, b""
+        for piece in answer.iter_bytes():
+            body += piece
+            if time.monotonic() > until_s:
+                raise httpx.ReadTimeout("the answer goes on")
+            if len(body) > MAX_BYTES:
+                raise httpx.RemoteProtocolError(f"the answer has more than {MAX_BYTES} bytes")
+        return body
 
     def _plain(self, text: str) -> str:
         """Return a text without any secret of ours that it may repeat."""

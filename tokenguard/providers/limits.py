@@ -23,7 +23,7 @@ _TOLERANCE = 0.05
 _DURATION = re.compile(
     rb"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9}(?:\.\d{1,9})?)s)?(?:(\d{1,9}(?:\.\d{1,9})?)ms)?"
 )
-_SECONDS = re.compile(rb"\d{1,9}(?:\.\d{1,9})?")
+_SECONDS = re.compile(rb"\d{1,18}(?:\.\d{1,9})?")
 _WORDED_WAIT = re.compile(r"(?:try again in|retry after) (?:(\d+) sec|((?:[\d.]{1,20}(?:h|ms?|s))+))")
 _WORDED_SIZES = re.compile(r"Limit:? (\d{1,18}),.*Requested:? (\d{1,18})\b")
 _MOST_WORDS = 2000
