@@ -136,7 +136,7 @@ class Budgets:
             return self._state(budget, explicit=True, now_us=now_us)
         if (default := self._plans.default(name)) is not None:
             return self._state(default, explicit=False, now_us=now_us)
-        raise BudgetNotFound(f"there is no budget for {name}: it is unlimited")
+        raise BudgetNotFound(f"there is no budget for {name}: {self._instead(name)}")
 
     def delete(self, name: BucketName, now_us: int | None = None) -> BudgetState | None:
         """Remove an explicit budget; return the default that holds in its stead, if there is one.
@@ -178,6 +178,13 @@ class Budgets:
         found.sort(key=lambda budget: budget.name.key)
         parts = (found[at : at + MAX_PLAN] for at in range(0, len(found), MAX_PLAN))
         return [state for part in parts for state in self._states(part, now_us)]
+
+    def _instead(self, name: BucketName) -> str:
+        """Return what limits a scope that has no budget of this name."""
+        sources = [source for source in Source if self.find(name._replace(source=source)) is not None]
+        if name.source is not None or not sources:
+            return "it is unlimited"
+        return f"but what the provider tells limits it, with source={' and source='.join(sources)}"
 
     def followed(self) -> list[tuple[Budget, Headroom]]:
         """Return the limits of the provider whose count this process has followed, and what it knows of that."""

@@ -70,6 +70,7 @@ cdef class Exchange:
     cdef readonly tuple lowering
     cdef readonly bytes refusal
     cdef readonly bint refused_upstream
+    cdef readonly bint is_outsize
 
     @cython.locals(asked=Asked, request=ChatRequest)
     cpdef begin(self, headers, body)

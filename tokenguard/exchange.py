@@ -165,6 +165,7 @@ class Exchange:
         lowering: What buckets have to be lowered by because the provider told that less remains; None for nothing.
         refused_upstream: Whether the provider's answer is a 429.
         refusal: Its body then, of which this much has come.
+        is_outsize: Whether the provider may count the call for more than its limit holds.
     """
 
     def __init__(self, terms: Terms, request_id: str) -> None:
@@ -186,6 +187,7 @@ class Exchange:
         self.lowering: tuple[int, ...] | None = None
         self.refusal = b""
         self.refused_upstream = False
+        self.is_outsize = False
 
     @property
     def model(self) -> str:
@@ -235,6 +237,7 @@ class Exchange:
             self.account.refused_by = reserved.binding and reserved.binding.name
             return refusal.refuse(reserved, self._terms.jitter())
         self._reservation = reserved
+        self.is_outsize = self._estimate.most > reserved.plan.largest
         if reserved.plan.tokens_room is not None:
             request = self._request
             reserved.expect(least_counted(request.text_bytes, request.choices, request.output_cap))

@@ -12,11 +12,12 @@ cdef class Headroom:
     cdef readonly bint known
     cdef readonly long long moved
     cdef readonly long long kept
+    cdef readonly bint is_slow
     cdef readonly Drift drift
     cdef long long _room
     cdef long long _heard
 
-    cpdef void hold(self, long long limit, long long kept) noexcept
+    cpdef void hold(self, long long limit, long long kept, bint is_slow=*) noexcept
     cpdef Charge charge(self, long long level, long long cost)
     @cython.locals(room="long long", fewer="long long")
     cpdef told(self, long long remaining, Charge charge, bint in_windows=*)

@@ -37,6 +37,8 @@ class Headroom:
         moved: How many tokens our level has been raised by on the provider's word, in all; lowering counts below
             zero. What a reservation saw before and what is seen after differ by this.
         kept: By so many tokens at most it is lowered beyond what was too high.
+        is_slow: Whether it takes so long to fill that no answer alone is to empty it: one that errs would hold
+            calls back for hours. Then it is lowered by half of what is too high at a time.
         drift: What the provider's count makes of what is not ours.
     """
 
@@ -44,13 +46,15 @@ class Headroom:
         self.known = False
         self.moved = 0
         self.kept = _AMPLE
+        self.is_slow = False
         self.drift = Drift()
         self._room = 0
         self._heard = 0
 
-    def hold(self, limit: int, kept: int) -> None:
-        """Take in what the bucket holds, and how much of it is kept in hand."""
+    def hold(self, limit: int, kept: int, is_slow: bool = False) -> None:
+        """Take in what the bucket holds, how much of it is kept in hand, and whether it is slow."""
         self.kept = kept
+        self.is_slow = is_slow
         self.drift.hold(limit)
 
     def charge(self, level: int, cost: int) -> Charge:
@@ -72,7 +76,10 @@ class Headroom:
         room = charge.above - self.moved
         fewer = 0
         if room < 0:
-            fewer = -room + min(-room * (_OVERDONE - 1), self.kept)
+            if self.is_slow:
+                fewer = (1 - room) // 2
+            else:
+                fewer = -room + min(-room * (_OVERDONE - 1), self.kept)
             self.moved -= fewer
             self._room = room + fewer
         elif self.known and room > self._room:

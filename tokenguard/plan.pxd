@@ -4,7 +4,7 @@ cimport cython
 from libc.stdint cimport int64_t
 from tokenguard.headroom cimport Headroom
 
-cdef long long _KEPT
+cdef long long _KEPT, _ANY
 
 
 @cython.final
@@ -18,12 +18,12 @@ cdef class Plan:
     cdef readonly Headroom requests_room
     cdef list _limits
     cdef readonly bint mirrors
+    cdef readonly long long largest
     cdef tuple _ours
     cdef tuple _theirs
     cdef tuple _fixed
     cdef bint _plain
     cdef long long _small
-    cdef long long _kept
 
     cpdef int64_t limit_at(self, int place) except -1
     @cython.locals(ours=tuple, theirs=tuple, costs=list, i=cython.int)

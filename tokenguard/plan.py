@@ -16,6 +16,7 @@ MAX_PLANS = 8192
 GATE_COST = 1000
 """What a call costs of a gate, which counts in thousandths of a call, so that it opens to the millisecond."""
 
+_ANY = 2**62
 _KEPT = 32
 """Of the provider's bucket one part in so many is kept in hand, for calls that count for more than it seemed."""
 
@@ -32,6 +33,7 @@ class Plan:
         tokens_room: What is known of the provider's own count of that, if there is one.
         requests_room: Likewise.
         mirrors: Whether there is any of the two.
+        largest: What the provider may count a call for at most, so as not to refuse it for its size alone.
     """
 
     def __init__(
@@ -56,12 +58,12 @@ class Plan:
         self._fixed = tuple([GATE_COST if budget.name.meter is Meter.GATE else 1 for budget in self.budgets])
         self._plain = not any(learned)
         self.mirrors = tokens_room is not None or requests_room is not None
-        self._kept = 0 if self.tokens_at < 0 else self.budgets[self.tokens_at].scale.capacity // _KEPT
-        if tokens_room is not None:
-            tokens_room.hold(self.budgets[self.tokens_at].scale.capacity, self._kept)
-        if requests_room is not None:
-            capacity = self.budgets[self.requests_at].scale.capacity
-            requests_room.hold(capacity, capacity // _KEPT)
+        for room, at in ((tokens_room, self.tokens_at), (requests_room, self.requests_at)):
+            if room is not None:
+                capacity, brisk = self.budgets[at].scale.capacity, self._limits[at] > 0
+                room.hold(capacity, capacity // _KEPT if brisk else 0, not brisk)
+        theirs = [self.budgets[i].scale.capacity for i in range(len(tokens)) if self._theirs[i]]
+        self.largest = min(theirs, default=_ANY)
         self._small = min([_half(self.budgets[i].scale) for i in range(len(tokens)) if tokens[i]], default=0)
 
     def limit_at(self, place: int) -> int:
@@ -76,8 +78,9 @@ class Plan:
         half the prompt's estimate exceeds the capacity (estimates err by up to 1.6 times) is the prompt asked
         for as it is, which can never pass.
 
-        Of the provider's own buckets a call asks what the provider may count it for. What is more than such a
-        bucket can hold, the provider will refuse itself, and for good: it is not kept waiting for that.
+        Of the provider's own buckets a call asks what the provider may count it for; of one that cannot hold so
+        much, the larger of the prompt and the answers, which is what OpenAI counts. If it cannot hold that either,
+        the provider will refuse the call itself, and for good: it is not kept waiting for that.
 
         Args:
             prompt: Tokens expected for the prompt.
@@ -95,7 +98,7 @@ class Plan:
             if ours[i]:
                 costs.append(_token_cost(scale, prompt, total))
             elif theirs[i]:
-                costs.append(most if most <= scale.capacity else min(prompt, _half(scale)))
+                costs.append(_counted(scale, prompt, most))
             else:
                 costs.append(self._fixed[i])
         return tuple(costs)
@@ -124,7 +127,7 @@ class Plan:
             if unsent:
                 room.gave(cost)
             elif room.known and heard:
-                given = room.give(cost, self._kept)
+                given = room.give(cost, room.kept)
             else:
                 room.gave(cost - tokens)
         deltas = []
@@ -150,6 +153,13 @@ def _place(budgets: tuple[Budget, ...], meter: Meter) -> int:
 
 def _half(scale: Scale) -> int:
     return (scale.capacity + 1) // 2
+
+
+def _counted(scale: Scale, prompt: int, most: int) -> int:
+    if most <= scale.capacity:
+        return most
+    least = max(prompt, most - prompt)
+    return least if least <= scale.capacity else min(prompt, _half(scale))
 
 
 def _token_cost(scale: Scale, prompt: int, total: int) -> int:

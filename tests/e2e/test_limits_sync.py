@@ -226,11 +226,23 @@ def test_only_administrators_may_synchronise(guard, provider, method):
     assert provider.received == []
 
 
-@pytest.mark.parametrize("query", [{"dryrun": 1}, {"dry_run": "perhaps"}, {"probe": ""}, {"probe": "a\x1fb"}])
+@pytest.mark.parametrize(
+    "query",
+    [{"dryrun": 1}, {"dry_run": "perhaps"}, {"dry_run": ["1", "0"]}, {"probe": ""}, {"probe": "a\x1fb"}],
+    ids=str,
+)
 def test_odd_parameter_is_refused(guard, provider, query):
     """A misspelled dry run must not be a real one."""
     answer = guard.get("/sync/openai-limits", params=query)
     assert answer.status_code == 400
+    assert provider.received == []
+
+
+def test_body_is_refused(guard, provider):
+    """Whoever puts ``dry_run`` into a body must not change anything by that."""
+    answer = guard.request("POST", "/sync/openai-limits", json={"dry_run": True})
+    assert answer.status_code == 400
+    assert "dry_run and probe go into the query" in error_of(answer)["message"]
     assert provider.received == []
 
 

@@ -133,6 +133,21 @@ def test_request_that_is_too_large_touches_nobody_else(guard, provider, model):
     assert provider.count(model) == 2
 
 
+@pytest.mark.parametrize(("cap", "is_ours"), [(19_990, True), (25_000, False)])
+def test_azure_saying_retry_to_what_can_never_pass_touches_nobody_else(guard, provider, model, cap, is_ours):
+    """It has no words for a request that is too large: whoever makes one does not stop all others for a minute.
+
+    One that OpenAI would take while its bucket is full waits here for that.
+    """
+    provider.azure = True
+    provider.limits[model] = Limits(tokens=Limit(20_000))
+    assert ask(guard, model, max_tokens=100).status_code == 200
+    for number in range(2):
+        assert refused_by_us(ask(guard, model, f"greedy-{number}", max_tokens=cap)) is is_ours
+        assert ask(guard, model, f"user-{number}", max_tokens=100).status_code == 200
+    assert model not in closed(guard)
+
+
 def test_overload_is_passed_on(guard, provider, model):
     """A 503 is the provider's own, with its wait, and the next call is tried."""
     provider.scripts[model].append(overloaded(7))

@@ -254,7 +254,7 @@ def test_answer_that_is_far_too_long_is_given_up():
 def test_answer_that_breaks_is_told(how):
     """Whatever comes that is no answer."""
     with provider([how]) as server:
-        assert fails(source_of(server.url)).startswith("the provider cannot be asked GET ")
+        assert fails(source_of(server.url)).startswith("the provider cannot be asked to GET ")
 
 
 def test_nobody_there_is_told():

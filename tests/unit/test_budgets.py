@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.house import ALICE, MODEL, NOW_US, House, grant, named
+from tests.mirror import learned
 from tests.strategies import properties
 from tokenguard.arithmetic import MAX_UNITS
 from tokenguard.backends.memory import MemoryBackend
@@ -379,6 +380,17 @@ def test_unlimited_scope_has_no_budget_to_show(name):
 
     with pytest.raises(BudgetNotFound, match="unlimited"):
         house.budgets.get(name)
+
+
+def test_scope_that_only_the_provider_limits_is_not_called_unlimited():
+    """Who asks for a budget of a name that only a learned one has is told where to look."""
+    house = House()
+    house.backend.put(learned(600, meter=Meter.REQUESTS), None, None)
+
+    with pytest.raises(BudgetNotFound, match=r"with source=headers$"):
+        house.budgets.get(named("global:*", Meter.REQUESTS, MODEL))
+    with pytest.raises(BudgetNotFound, match="unlimited"):
+        house.budgets.get(named("global:*", model=MODEL))
 
 
 def test_showing_makes_no_bucket():

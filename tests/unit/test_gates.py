@@ -1,7 +1,6 @@
 """Gates: calls of a model are held back for as long as its provider asks, then pass one by one."""
 
 import heapq
-import logging
 from itertools import count
 
 import pytest
@@ -223,6 +222,20 @@ def test_gate_that_was_extended_is_gentle_for_as_long():
     assert not process.is_there
 
 
+def test_gate_that_was_removed_by_hand_closes_at_the_next_refusal():
+    """Whoever removes it wants calls to pass, until the provider refuses the next."""
+    process = Process()
+    process.closes(20.0)
+    process.clock.goes_to(2.0)
+    process.house.budgets.delete(gate_of(MODEL))
+    assert process.passes()
+
+    process.closes(10.0)
+    assert process.opens_s() == pytest.approx(12.0, abs=0.01)
+    process.clock.goes_to(12.0 + GENTLE_S + 1)
+    assert not process.is_there
+
+
 def test_shorter_wait_that_another_process_is_told_opens_nothing():
     """Of two processes that are refused the one that is told the longer wait is heeded."""
     first = Process()
@@ -358,15 +371,26 @@ def test_gate_that_cannot_be_removed_is_an_orphan():
     assert not process.is_there
 
 
-def test_log_tells_of_the_wait_and_why(caplog):
-    """One line, with what the provider said."""
-    caplog.set_level(logging.WARNING)
-    Process().closes(2.5, "slow_down")
+def test_log_tells_of_the_wait_and_why_and_of_its_end(caplog):
+    """The operator reads which model, for how long, in the provider's own words, and when it is over."""
+    process = Process()
+    process.closes(2.5, "Slow down.")
+    process.closes(2.5, "Slow down.")
+    process.clock.goes_to(2.5 + GENTLE_S + 1)
 
-    (record,) = caplog.records
-    assert (
-        record.getMessage() == f"the provider asks to wait for 2.5 s (slow_down): calls of {MODEL} are held back"
-    )
+    assert caplog.messages == [
+        f"the provider asks to wait: calls of {MODEL} are held back for 2.5 s (Slow down.)",
+        f"calls of {MODEL} pass again",
+    ]
+
+
+def test_log_tells_of_a_longer_wait_at_once(caplog):
+    """A wait of a minute does not hide behind one of a second; waits that are about the same have one line."""
+    process = Process()
+    for wait_s in (1.0, 1.2, 60.0):
+        process.closes(wait_s, "429")
+
+    assert [message.partition("held back for ")[2] for message in caplog.messages] == ["1 s (429)", "60 s (429)"]
 
 
 def test_gate_is_the_only_thing_that_a_refusal_binds_to():

@@ -37,6 +37,19 @@ def test_level_is_lowered_by_what_is_missing_and_what_is_kept_at_most():
     assert told(room, 9000, 30_000) == 21_937
 
 
+def test_slow_bucket_is_lowered_by_half_of_what_is_missing():
+    """One answer that errs does not hold calls back for hours; when several say so, they are believed."""
+    room, level, lowered = Headroom(), 10_000, []
+    room.hold(10_000, 0, True)
+    for _ in range(16):
+        lowered.append(told(room, 200, level))
+        level -= lowered[-1]
+
+    assert lowered[:4] == [4900, 2450, 1225, 613]
+    assert level == 200
+    assert told(room, 199, level) == 1
+
+
 def test_as_much_or_more_lowers_nothing():
     """A provider that grants more than we do leaves our level alone."""
     room = Headroom()
@@ -197,7 +210,8 @@ def test_call_is_never_too_large_for_a_learned_budget(capacity, prompt, more, be
     (cost,) = plan.costs(prompt, prompt + more, most)
 
     assert 0 <= cost <= capacity
-    assert cost == (most if most <= capacity else min(prompt, -(-capacity // 2)))
+    least = max(prompt, more + beyond)
+    assert cost == next((fits for fits in (most, least) if fits <= capacity), min(prompt, -(-capacity // 2)))
 
 
 def test_both_sources_are_charged_and_given_back_alike():
@@ -291,6 +305,17 @@ def test_plan_counts_a_gate_in_thousandths():
     assert plan.costs(5, 10, 20) == (GATE_COST,)
     assert plan.deltas((GATE_COST,), 500) == (0,)
     assert (plan.tokens_at, plan.requests_at, plan.limit_at(-1)) == (-1, -1, 0)
+
+
+def test_limit_of_a_day_is_not_lowered_below_what_remains():
+    """What is kept in hand of a minute's limit would be most of an hour of a day's."""
+    house = house_of(learned(10_000, meter=Meter.REQUESTS, window_s=86_400))
+    for _ in range(20):
+        if (deltas := (call := asks(house, 10, 20, 20)).lowering(-1, 205)) is not None:
+            house.limiter.lower(call, deltas, NOW_US)
+
+    (state,) = house.limiter.peek(ALICE, MODEL, NOW_US)
+    assert 185 <= state.level <= 205
 
 
 def test_limit_of_a_day_is_looked_at_each_time():

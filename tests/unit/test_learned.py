@@ -12,7 +12,7 @@ from tokenguard._heads import Told
 from tokenguard.arithmetic import MAX_CAPACITY
 from tokenguard.backends.memory import MemoryBackend
 from tokenguard.errors import BudgetNotFound, InvalidValue
-from tokenguard.model import BucketName, Budget, Meter, Scope, Source
+from tokenguard.model import EVERYBODY, BucketName, Budget, Meter, Scope, Source
 from tokenguard.provider_limits.gates import gate_of
 from tokenguard.provider_limits.learned import (
     AGREEING,
@@ -419,6 +419,20 @@ def test_all_that_was_learned_is_told_of(desk):
     states = desk.learned.states()
     assert [state.budget.name.model for state in states] == [f"m{number:02}" for number in range(40)]
     assert all(0 < state.level <= state.budget.scale.capacity for state in states)
+
+
+def test_change_is_told_in_words():
+    """Whoever reads the log learns what it was and what it is."""
+    name = BucketName(EVERYBODY, Meter.REQUESTS, "m", Source.ADMIN)
+    few, many = (learned(limit, meter=Meter.REQUESTS, source=Source.ADMIN, model="m") for limit in (30, 600))
+    daily = learned(10_000, meter=Meter.REQUESTS, window_s=DAY_S, model="m")
+
+    assert [str(Change(name, *change)) for change in ((None, few), (few, many), (many, None), (None, daily))] == [
+        "requests of m is 30 per minute (admin)",
+        "requests of m is 600 per minute (admin); it was 30 per minute",
+        "requests of m is none (admin); it was 600 per minute",
+        "requests of m is 10000 per day (admin)",
+    ]
 
 
 def test_amounts_per_minute():

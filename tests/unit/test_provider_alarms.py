@@ -56,15 +56,34 @@ def test_alarm_stands_until_a_call_is_answered(table, caplog):
     assert [record.levelno for record in caplog.records] == [logging.ERROR, logging.WARNING]
 
 
-def test_alarm_ends_by_itself(table):
-    """Five minutes after the provider said so last, nobody knows whether it still holds."""
+def test_alarm_ends_by_itself(table, caplog):
+    """Five minutes after the provider said so last, nobody knows whether it still holds; the log has a line."""
     join(table)
     alarms = Alarms(table)
     alarms.sound("insufficient_quota", NOW_S)
     alarms.sound("insufficient_quota", NOW_S + 100)
+    caplog.clear()
 
+    alarms.look(NOW_S + 100 + STALE_S - 1)
     assert alarms.standing(NOW_S + 100 + STALE_S - 1) == ["insufficient_quota"]
+    assert caplog.messages == []
+    for more in (0, 1, 100):
+        alarms.look(NOW_S + 100 + STALE_S + more)
     assert alarms.standing(NOW_S + 100 + STALE_S) == []
+    assert caplog.messages == ["the provider has not refused calls for want of money for 300 s"]
+
+
+def test_alarm_that_another_process_ended_is_not_told_of_again(table, caplog):
+    """One line is enough for a node."""
+    join(table)
+    mine, others = Alarms(table), Alarms(table)
+    mine.sound("insufficient_quota", NOW_S)
+    others.clear(NOW_S + 1)
+    caplog.clear()
+    mine.look(NOW_S + 10)
+    mine.look(NOW_S + STALE_S + 10)
+
+    assert caplog.messages == []
 
 
 def test_log_is_not_flooded_where_some_calls_are_refused_and_others_are_not(table, caplog):
@@ -97,7 +116,7 @@ def test_clock_that_is_set_back_ends_an_alarm(table, caplog):
     assert alarms.standing(NOW_S + 2) == []
 
 
-def test_several_codes_stand_beside_each_other(table):
+def test_several_codes_stand_beside_each_other(table, caplog):
     """Each is told of, in order, and an answered call ends all; what is no known code counts as the first."""
     join(table)
     alarms = Alarms(table)
@@ -109,6 +128,7 @@ def test_several_codes_stand_beside_each_other(table):
         "insufficient_quota",
         "project_spend_limit_exceeded",
     ]
+    assert [message.count("_") for message in caplog.messages] == [3, 4, 6]
     alarms.clear(NOW_S + 1)
     assert alarms.standing(NOW_S + 1) == []
 
@@ -272,10 +292,10 @@ def test_processes_that_share_the_calls_tell_all_that_others_spend(table):
     """A quarter is what each sees: it tells the whole, and the metric adds up."""
     four = [Others(table) for _ in range(4)]
     for others in four:
-        told = spends(others, Watched(), 300, 150, processes=4)
-        assert told["m"] == pytest.approx(4 * 9000, rel=0.05)
+        told = spends(others, Watched(), 300, 200, processes=4)
+        assert told["m"] == pytest.approx(4 * 12_000, rel=0.05)
 
-    assert counted(table)[OTHERS[Meter.TOKENS]] == pytest.approx(4 * 9000, rel=0.05)
+    assert counted(table)[OTHERS[Meter.TOKENS]] == pytest.approx(4 * 12_000, rel=0.05)
 
 
 @pytest.mark.parametrize("counting", ["openai", "azure", "usage"])

@@ -131,6 +131,15 @@ def test_known_limits_are_not_heeded_again(desk):
     assert desk.told == ["learned"]
 
 
+def test_log_tells_what_is_learned(desk, caplog):
+    """One line says which limit, how much, in what time, and who told it."""
+    caplog.set_level("INFO", "tokenguard")
+    for _ in range(3):
+        desk.answered(fields=limits())
+
+    assert caplog.messages == ["the provider's limit on tokens of m is 30000 per minute (headers)"]
+
+
 def test_less_that_remains_lowers_the_level(desk):
     """At once, while the answer is still under way."""
     desk.answered(fields=limits())
@@ -205,6 +214,24 @@ def test_refusal_that_is_too_large_touches_nobody_else(desk):
 
     assert not desk.is_held_back()
     assert desk.told == ["missing", "refused-shorten"]
+
+
+@pytest.mark.parametrize(
+    ("cap", "held_back"), [(7000, True), (7985, True), (8000, False), (9000, False), (10**6, False)]
+)
+@pytest.mark.parametrize("body", [RPM, AZURE])
+def test_refusal_of_a_call_that_the_limit_may_not_hold_touches_nobody_else(desk, cap, held_back, body):
+    """Some say "retry" to what can never pass: whoever asks for more than there is does not stop all others."""
+    desk.house.backend.put(learned(8000, model=M), None, None)
+    desk.house.backend.put(learned(9000, model=M, source=Source.ADMIN), None, None)
+    call, begun = desk.begin(max_tokens=cap)
+    assert isinstance(begun, UpstreamRequest), begun.body
+    call.answered(429, [JSON, (b"retry-after", b"30")])
+    call.feed(body_of(body))
+    call.finish()
+
+    assert desk.is_held_back() is held_back
+    assert desk.told == ["missing", "refused-wait" if held_back else "refused-shorten"]
 
 
 def test_quota_raises_an_alarm_until_a_call_is_answered(desk):

@@ -88,6 +88,8 @@ def query_of(req: Request, *allowed: str) -> dict[str, str]:
     for name in req.params:
         if name not in allowed:
             raise InvalidRequest(name[:80], f"{name[:80]!r} is not a parameter; allowed are {', '.join(allowed)}")
+        if isinstance(req.params[name], list):
+            raise InvalidRequest(name, f"{name} is given more than once")
     return {name: str(req.get_param(name)) for name in req.params}
 
 

@@ -151,10 +151,11 @@ class Call:
 
     def _hear(self) -> None:
         """Act upon the provider's 429, of which there is nothing more to come."""
-        told = self.exchange.told
+        exchange = self.exchange
+        told = exchange.told
         if self._guard.watch is not None and told is not None and not self._heard:
             self._heard = True
-            heeded = self._guard.watch.refused(self.exchange.model, told, self.exchange.refusal)
+            heeded = self._guard.watch.refused(exchange.model, told, exchange.refusal, exchange.is_outsize)
             if heeded is not None:
                 self._wait_for(heeded)
 

@@ -26,6 +26,7 @@ class ProviderSync(AdminResource):
         limits: The use cases; None if the provider's limits are not heeded.
     """
 
+    max_body_bytes = 1024  # so that whoever sends one is told that it does nothing
     waits = True
 
     def __init__(self, limits: ProviderLimits | None) -> None:
@@ -34,6 +35,8 @@ class ProviderSync(AdminResource):
     def on_get(self, req: Request, resp: Response) -> None:
         """Read the limits, apply them, and tell what they are and what changed."""
         query = query_of(req, "dry_run", "probe")
+        if req.context.body:
+            raise InvalidRequest("body", "the body must be empty: dry_run and probe go into the query")
         dry_run = _switch(query.get("dry_run"))
         if self._limits is None:
             raise InvalidRequest(

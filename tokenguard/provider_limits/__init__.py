@@ -29,13 +29,19 @@ from tokenguard.provider_limits.gates import Gates
 from tokenguard.provider_limits.learned import Change, Learned, limits_of
 from tokenguard.provider_limits.seldom import Seldom
 from tokenguard.provider_limits.source import ProviderSource
-from tokenguard.providers.limits import Kind, read_refusal
+from tokenguard.providers.limits import Kind, error_text, read_refusal
 
 SYNC = "provider limits"
 """What a process claims that asks the admin API for all."""
 
 SWEEP_S = 10.0
 """How often what others left behind, and what they spend, is looked for."""
+
+MAX_WHY = 200
+"""So many characters of what the provider says go to the log."""
+
+MAX_TOLD = 8
+"""So many changes at a time have a line each in the log; more have one in all."""
 
 _JITTER = 0.1
 _log = logging.getLogger("tokenguard")
@@ -106,6 +112,7 @@ class ProviderLimits:
 
     def start(self) -> None:
         """Begin to ask the admin API now and then, and to look for what others left behind."""
+        self._background.soon(self._look_at_old_ones)
         self._background.after(0.0, self._sweep)
         if self._source.has_admin:
             self._asking.after(random.random(), self._refresh)  # noqa: S311 - so that not all ask at once
@@ -143,15 +150,24 @@ class ProviderLimits:
         """The buckets of a call had to be lowered."""
         self._count("lowered")
 
-    def refused(self, model: str, head: Told, body: bytes) -> asyncio.Future[Any] | None:
-        """Heed a 429 of the provider; return what is done once all have heard of it, if that takes a while."""
+    def refused(self, model: str, head: Told, body: bytes, is_outsize: bool = False) -> asyncio.Future[Any] | None:
+        """Heed a 429 of the provider; return what is done once all have heard of it, if that takes a while.
+
+        Args:
+            model: The model.
+            head: Its head.
+            body: Its body, or what came of it.
+            is_outsize: Whether it may be for the size of the call alone, which is nothing to others.
+        """
         in_ms, in_s = head.values(b"retry-after-ms"), head.values(b"retry-after")
         refusal = read_refusal(body, in_ms, in_s, time.time())
-        self._count(f"refused-{refusal.kind.value}")
-        if refusal.kind is Kind.PAY:
+        kind = Kind.SHORTEN if is_outsize and refusal.kind is Kind.WAIT else refusal.kind
+        self._count(f"refused-{kind.value}")
+        if kind is Kind.PAY:
             self._alarms.sound(refusal.code, time.time())
-        elif refusal.kind is Kind.WAIT:
-            return self._gates.close(model, refusal.wait_s, refusal.code or "429", time.perf_counter())
+        elif kind is Kind.WAIT:
+            why = self._source.plain(error_text(body)[:MAX_WHY]) or refusal.code or "429"
+            return self._gates.close(model, refusal.wait_s, why, time.perf_counter())
         return None
 
     def _carry_out(self, work: Callable[[], None]) -> None:
@@ -163,10 +179,19 @@ class ProviderLimits:
 
     def _apply(self, change: Change) -> None:
         try:
-            self._learned.apply(change)
+            self._tell([change] if self._learned.apply(change) else [])
         except TokenGuardError as error:
             if self._lines.is_due("not kept", time.perf_counter()):
                 _log.warning("the provider's limit for %s is not kept: %s", change.name, error)
+
+    def _tell(self, changes: list[Change]) -> None:
+        """Log what has changed; a line each, if they are few."""
+        if len(changes) > MAX_TOLD:
+            _log.info("the provider's limits: %d have changed", len(changes))
+            return
+        for change in changes:
+            if self._lines.is_due(str(change.name), time.perf_counter()):
+                _log.info("the provider's limit on %s", change)
 
     def _processes(self) -> int:
         return len(living(self._backend.table)) or 1
@@ -197,8 +222,7 @@ class ProviderLimits:
             told += self._probed(probe)  # the last, for nothing that was heard before is newer
         changes = {name: change for name, change in {one.name: one for one in told}.items() if change.is_any}
         if not dry_run:
-            for change in changes.values():
-                self._learned.apply(change)
+            self._tell([change for change in changes.values() if self._learned.apply(change)])
         return self._entries(changes, dry_run=dry_run)
 
     def _read(self) -> list[Change]:
@@ -246,16 +270,26 @@ class ProviderLimits:
         try:
             if not self._backend.claim(SYNC, self._interval_s * (1 - 2 * _JITTER), time.time()):
                 return
-            for change in self._read():
-                self._learned.apply(change)
+            self._tell([change for change in self._read() if self._learned.apply(change)])
         except TokenGuardError as error:
             if self._failure is None:
-                _log.warning("the provider's limits are not refreshed: %s", error)
+                _log.warning("the provider's limits are not refreshed from its admin API: %s", error)
             self._failure = str(error)
         else:
             if self._failure is not None:
                 _log.warning("the provider's limits can be read again")
             self._failure = None
+
+    def _look_at_old_ones(self) -> None:
+        """Tell of what the admin API told once, if nobody asks it any more."""
+        old = [name for name in self._learned.current() if name.source in (Source.ADMIN, Source.ADMIN_DAILY)]
+        if old and not self._source.has_admin:
+            _log.warning(
+                "%d limits that the provider's admin API told still bind, such as that of %s; without "
+                "OPENAI_ADMIN_KEY nobody here keeps them up to date",
+                len(old),
+                old[0],
+            )
 
     def _sweep(self) -> None:
         self._background.after(SWEEP_S, self._sweep)

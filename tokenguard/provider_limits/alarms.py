@@ -59,6 +59,7 @@ class Alarms:
         self._lock = threading.Lock()
         self._lines = Seldom(LINES)
         self._unwritten: bool | None = None
+        self._told_ms: int | None = None
         self.raised = False
 
     def sound(self, code: str, now_s: float) -> None:
@@ -66,10 +67,11 @@ class Alarms:
         if code not in QUOTA_CODES:
             code = "insufficient_quota"
         with self._lock:
-            new = not self.standing(now_s)
-            state(self._table, _name(code), int(now_s * 1000))
+            before = self.standing(now_s)
+            self._told_ms = int(now_s * 1000)
+            state(self._table, _name(code), self._told_ms)
             self.raised = True
-            if new:
+            if code not in before:
                 self._write(True, now_s)
 
     def clear(self, now_s: float) -> None:
@@ -82,10 +84,16 @@ class Alarms:
             self._write(False, now_s)
 
     def look(self, now_s: float) -> None:
-        """Write how things are, if that was not said when they became so, for the same had just been said."""
+        """Write how things are, if that was not said when they became so: they did by themselves, or too often."""
         with self._lock:
-            if self._unwritten is bool(self.standing(now_s)):
-                self._write(self._unwritten, now_s)
+            stands = bool(self.standing(now_s))
+            if self._unwritten is stands:
+                self._write(stands, now_s)
+            if self._told_ms is not None and not stands:
+                cleared = max(self._table.tallies().get(_CLEARED, ()), default=0) >= self._told_ms
+                self._told_ms = None
+                if not cleared:
+                    _log.warning("the provider has not refused calls for want of money for %d s", STALE_S)
 
     def _write(self, stands: bool, now_s: float) -> None:
         """Log that calls are refused, or answered again: once in a while, if some are and others are not."""

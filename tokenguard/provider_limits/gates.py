@@ -40,6 +40,9 @@ _SAME = 1.1
 _SOON_S = 0.25
 """A gate is not closed for less than that again and again: it lets calls pass one by one as it is."""
 
+_KNOWN_S = 1.0
+"""In so long whoever closes a gate knows that it is there."""
+
 MAX_GATES = 1024
 """So many gates a process closes at a time at most: some who refuse calls do not look at the model's name."""
 
@@ -97,6 +100,7 @@ class Gates:
         self._lock = threading.Lock()
         self._closed: dict[str, _Closed] = {}
         self._closing = Seldom()
+        self._said: set[str] = set()
         self._failing = Seldom()
 
     def close(self, model: str, wait_s: float | None, why: str, now_s: float) -> asyncio.Future[Any] | None:
@@ -110,7 +114,7 @@ class Gates:
         """
         with self._lock:
             before = self._closed.get(model)
-            if before is not None and now_s > before.until_s + GENTLE_S:
+            if before is not None and (now_s > before.until_s + GENTLE_S or self._is_gone(model, before, now_s)):
                 before = None
             if model not in self._closed and len(self._closed) >= MAX_GATES:
                 return None
@@ -130,12 +134,17 @@ class Gates:
             return None
         return self._put_soon(budget, level, closed)
 
+    def _is_gone(self, model: str, before: _Closed, now_s: float) -> bool:
+        """Return whether somebody has removed a gate by hand; it takes a moment until one that closes is known."""
+        return now_s - before.at_s >= _KNOWN_S and self._budgets.find(gate_of(model)) is None
+
     def _say(self, model: str, wait_s: float, why: str, now_s: float) -> None:
-        """Log that a gate closes, once in a while."""
-        if self._closing.is_due(model, now_s):
+        """Log that a gate closes, once in a while for about the same wait."""
+        if self._closing.is_due(f"{model} {math.frexp(wait_s)[1]}", now_s):
             _log.warning(
-                "the provider asks to wait for %.3g s (%s): calls of %s are held back", wait_s, why, model
+                "the provider asks to wait: calls of %s are held back for %.3g s (%s)", model, wait_s, why
             )
+            self._said.add(model)
 
     def _put_soon(self, budget: Budget, level: int, closed: _Closed) -> asyncio.Future[Any] | None:
         """Close a gate that is not known to be there: at once, for calls go on until it is."""
@@ -210,6 +219,8 @@ class Gates:
                 self._budgets.delete(name, self._now_us())
             except BudgetNotFound:
                 pass
+        if model in self._said:
+            _log.warning("calls of %s pass again", model)
         self._forget(model, closed)
 
     def _look_again(self, model: str, closed: _Closed, wait_s: float) -> None:
@@ -222,6 +233,7 @@ class Gates:
         with self._lock:
             if model is not None and self._closed.get(model) is closed:
                 del self._closed[model]
+                self._said.discard(model)
 
 
 def _is_closed_for(before: _Closed, wait_s: float | None, now_s: float) -> bool:

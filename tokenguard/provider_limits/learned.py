@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from fractions import Fraction
 from typing import NamedTuple, TypeVar
 
@@ -82,6 +81,12 @@ class Change(NamedTuple):
     def is_any(self) -> bool:
         """Whether anything is to change at all."""
         return self.before is None or self.after is None or self.before.scale != self.after.scale
+
+    def __str__(self) -> str:
+        what = f"{self.name.meter} of {self.name.model}"
+        now = "none" if self.after is None else _worded(self.after)
+        was = "" if self.before is None else f"; it was {_worded(self.before)}"
+        return f"{what} is {now} ({self.name.source}){was}"
 
 
 class _Doubt(NamedTuple):
@@ -220,28 +225,27 @@ class Learned:
             if name.source in (Source.ADMIN, Source.ADMIN_DAILY) and name not in wanted:
                 yield Change(name, budget, None)
 
-    def apply(self, change: Change) -> None:
-        """Carry out a change. A level is lowered at most, never raised.
+    def apply(self, change: Change) -> bool:
+        """Carry out a change; return whether there was anything left to change. A level is lowered at most.
 
         Raises:
             TokenGuardError: It could not be.
         """
         name, _, after, level = change
-        if after is None:
-            self._remove(name)
-            return
         try:
+            if after is None:
+                self._budgets.delete(name)
+                return True
             known = self._budgets.get(name)  # somebody else may have learned it just now
         except BudgetNotFound:
-            self._budgets.put(after, level)
-            return
-        if known.budget.scale != after.scale:
-            # What remains has lowered the level already; what was used does not count twice.
-            self._budgets.put(after, max(-after.scale.debt, min(known.level, after.scale.capacity)))
-
-    def _remove(self, name: BucketName) -> None:
-        with suppress(BudgetNotFound):  # that is what was wanted
-            self._budgets.delete(name)
+            if after is not None:
+                self._budgets.put(after, level)
+            return after is not None
+        if known.budget.scale == after.scale:
+            return False
+        # What remains has lowered the level already; what was used does not count twice.
+        self._budgets.put(after, max(-after.scale.debt, min(known.level, after.scale.capacity)))
+        return True
 
     def states(self) -> list[BudgetState]:
         """Return the budgets that were learned, with their levels.
@@ -266,6 +270,10 @@ def _budget(name: BucketName, limit: int, span_s: int) -> Budget | None:
         return Budget(name, arithmetic.scale(limit, Fraction(limit, span_s), arithmetic.DEFAULT_DEBT * limit))
     except InvalidValue:
         return None
+
+
+def _worded(budget: Budget) -> str:
+    return f"{budget.scale.capacity} per {'minute' if window_of(budget) == MINUTE_S else 'day'}"
 
 
 def per_minute(budget: Budget) -> float:

@@ -118,9 +118,9 @@ class ProviderSource:
             raise ProviderError(f"the provider did not answer {method} {path} in {self._timeout_s:g} s") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:  # the latter of a page that begins nowhere
             why = str(error) or type(error).__name__
-            raise ProviderError(f"the provider cannot be asked {method} {path}: {self._plain(why)}") from None
+            raise ProviderError(f"the provider cannot be asked to {method} {path}: {self.plain(why)}") from None
         if not 200 <= answer.status_code < 300:
-            said = error_text(self._plain(body.decode(errors="replace")).encode())
+            said = error_text(self.plain(body.decode(errors="replace")).encode())
             raise ProviderError(f"the provider answered {answer.status_code} to {method} {path}: {said}")
         return answer, body
 
@@ -135,7 +135,7 @@ class ProviderSource:
                 raise httpx.RemoteProtocolError(f"the answer has more than {MAX_BYTES} bytes")
         return body
 
-    def _plain(self, text: str) -> str:
+    def plain(self, text: str) -> str:
         """Return a text without any secret of ours that it may repeat."""
         secrets = [self._account.admin_key]
         secrets += [value.decode() for name, value in self._account.credentials if name == b"authorization"]
