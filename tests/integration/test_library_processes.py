@@ -287,3 +287,33 @@ def test_limiter_that_is_garbage_is_closed_by_its_own_thread(tmp_path):
         """
 
     assert run(program, f"file://{tmp_path}/state") == 900
+
+
+def test_lock_that_a_thread_holds_while_another_forks_is_free_in_the_child():
+    """What is learned of the provider's limits can go on there: whoever had the lock is not."""
+    told = run(
+        """
+        from tokenguard.provider_limits.forked import ForkedLock
+
+        lock, held, done = ForkedLock(), threading.Event(), threading.Event()
+
+        def hold():
+            with lock:
+                held.set()
+                done.wait()
+
+        def take():
+            with lock:
+                pass
+
+        thread = threading.Thread(target=hold)
+        thread.start()
+        held.wait()
+        forked(take)
+        done.set()
+        thread.join()
+        print(json.dumps("free"))
+        """,
+        "memory://",
+    )
+    assert told == "free"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Iterable
 
 from tokenguard._bucket import BucketTable
 from tokenguard.backends.workers import state
 from tokenguard.headroom import Headroom
 from tokenguard.model import BucketName, Budget, Meter
+from tokenguard.provider_limits.forked import ForkedLock
 from tokenguard.provider_limits.learned import per_minute, window_of
 from tokenguard.provider_limits.seldom import Seldom
 from tokenguard.providers.limits import MINUTE_S, QUOTA_CODES
@@ -56,7 +56,7 @@ class Alarms:
 
     def __init__(self, table: BucketTable) -> None:
         self._table = table
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
         self._lines = Seldom(LINES)
         self._unwritten: bool | None = None
         self._told_ms: int | None = None
@@ -141,7 +141,7 @@ class Others:
         self._tallies = {meter: table.tally(name) for meter, name in OTHERS.items()}
         self._parts = dict.fromkeys(OTHERS, 0)
         self._found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
         self._spending: dict[BucketName, _Spending] = {}
 
     def look(

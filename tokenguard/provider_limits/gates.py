@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from fractions import Fraction
@@ -25,6 +24,7 @@ from tokenguard.headroom import Pace
 from tokenguard.model import EVERYBODY, BucketName, Budget, Meter, Scale, Source
 from tokenguard.plan import GATE_COST
 from tokenguard.provider_limits.background import Background
+from tokenguard.provider_limits.forked import ForkedLock
 from tokenguard.provider_limits.seldom import Seldom
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0
@@ -97,7 +97,7 @@ class Gates:
         self._apply = apply
         self._processes = processes
         self._now_us = now_us
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
         self._closed: dict[str, _Closed] = {}
         self._closing = Seldom()
         self._said: set[str] = set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from fractions import Fraction
 from typing import NamedTuple, TypeVar
@@ -13,6 +12,7 @@ from tokenguard.backends import Backend
 from tokenguard.budgets import Budgets, BudgetState
 from tokenguard.errors import BudgetNotFound, InvalidValue
 from tokenguard.model import EVERYBODY, BucketName, Budget, Meter, Source, checked_name
+from tokenguard.provider_limits.forked import ForkedLock
 from tokenguard.providers.limits import DAY_S, MINUTE_S, AdminLimit, window_s
 
 MAX_LEARNED = 2048
@@ -107,7 +107,7 @@ class Learned:
         self._backend = backend
         self._budgets = budgets
         self._count = count
-        self._lock = threading.Lock()
+        self._lock = ForkedLock()
         self._doubts: dict[BucketName, _Doubt] = {}
         self._believed_s: dict[BucketName, float] = {}
         self._latest: dict[BucketName, Change] = {}
