@@ -8,6 +8,7 @@ COMPILED = {
     "tokenguard/_fields.pyx": [],
     "tokenguard/_heads.pyx": [],
     "tokenguard/_limit_fields.pyx": [],
+    "tokenguard/_refusal.pyx": [],
     "tokenguard/upstream/_http.pyx": [],
     "tokenguard/upstream/_pool.pyx": [],
     "tokenguard/lane/_lane.pyx": [],

@@ -2,9 +2,10 @@
 
 cimport cython
 from tokenguard._heads cimport Asked, Told
+from tokenguard._refusal cimport refuse
 from tokenguard.account cimport Account
 from tokenguard.estimate cimport Estimator
-from tokenguard.limiter cimport Reservation
+from tokenguard.limiter cimport Refusal, Reservation
 from tokenguard.plan cimport Plan
 from tokenguard.model cimport Answer, Head, UpstreamRequest
 from tokenguard.providers._chat cimport ChatRequest, Reader

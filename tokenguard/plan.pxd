@@ -12,6 +12,7 @@ cdef class Plan:
     cdef readonly tuple budgets
     cdef readonly object handle
     cdef readonly tuple groups
+    cdef public tuple told
     cdef readonly int tokens_at
     cdef readonly int requests_at
     cdef readonly Headroom tokens_room

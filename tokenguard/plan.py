@@ -32,6 +32,7 @@ class Plan:
         tokens_room: What is known of the provider's own count of that, if there is one.
         requests_room: Likewise.
         mirrors: Whether there is any of the two.
+        told: What refusals tell of their names; None until one does.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Plan:
         self.budgets = tuple(budgets)
         self.handle = handle
         self.groups = by_meter([budget.name.meter for budget in self.budgets])
+        self.told: tuple[object, ...] | None = None
         self.tokens_room = tokens_room
         self.requests_room = requests_room
         self.tokens_at = _place(self.budgets, Meter.TOKENS)

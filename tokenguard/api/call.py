@@ -15,9 +15,9 @@ from tokenguard.backends import loop_runs
 from tokenguard.errors import InvalidRequest, TableBusy, TokenGuardError, UpstreamError
 from tokenguard.exchange import End, Exchange, Settlement, Terms
 from tokenguard.headroom import Pace
-from tokenguard.limiter import Limiter, Reservation
+from tokenguard.limiter import Limiter, Refusal, Reservation
 from tokenguard.metrics import Metrics
-from tokenguard.model import Answer, Decision, Head, Headers, UpstreamRequest, checked_name
+from tokenguard.model import Answer, Head, Headers, UpstreamRequest, checked_name
 from tokenguard.provider_limits import News, ProviderLimits
 
 CALL = "tokenguard.exchange"
@@ -93,7 +93,7 @@ class Call:
         identity, model, prompt, total, most = asked
         return self.reserved(self._guard.limiter.reserve(identity, model, prompt, total, most))
 
-    def reserved(self, reserved: Reservation | Decision) -> UpstreamRequest | Answer:
+    def reserved(self, reserved: Reservation | Refusal) -> UpstreamRequest | Answer:
         """Take in what came of reserving; return what to forward, or the refusal."""
         forward = self.exchange.reserved(reserved)
         if self.account.admitted:

@@ -334,11 +334,14 @@ cdef class Connection:
     cdef bytes write_answer(self, Answer answer, bytes request_id):
         """Return a whole answer of ours."""
         cdef list parts = [self.lane.first(answer.status)]
-        for name, value in answer.headers:
-            parts += name, COLON, value, CRLF
-            if name == b"connection" and value == b"close":
-                self.keep_alive = False
-                self.said_close = True
+        if answer.block:
+            parts.append(answer.block)
+        else:
+            for name, value in answer.headers:
+                parts += name, COLON, value, CRLF
+                if name == b"connection" and value == b"close":
+                    self.keep_alive = False
+                    self.said_close = True
         parts += ID, request_id, b"\r\ncontent-length: %d\r\n" % len(answer.body)
         if not self.keep_alive and not self.said_close:
             parts.append(CLOSE)
