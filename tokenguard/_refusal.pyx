@@ -31,9 +31,10 @@ MAX_NAMES = 1024
 cdef enum:
     MOST = 32                     # buckets of a plan
     METERS = 8                    # there are no more
-    NUMBERS = 512                 # bytes that a bucket's numbers take at most, and what stands between them
-    WORDS = 1024                  # bytes of the message, without the names in it, and of what is around it
-    RETRIES = 256                 # bytes of the fields that do not tell of a bucket
+    NUMBERS = 256                 # bytes of a bucket behind its opening, at most: 100 of digits, 70 around them
+    WORDS = 1024                  # bytes of the message and of what is around it, without names: 400 at most
+    RETRIES = 256                 # bytes of the fields that do not tell of a bucket: 125 at most
+    FEW = 8192                    # bytes that most bodies find room in
 
 cdef int64_t NEVER = NEVER_US
 cdef int64_t WORTHWHILE_US = 60_000_000
@@ -191,20 +192,23 @@ cdef Answer written(
     cdef Py_ssize_t size = WORDS + PyBytes_GET_SIZE(binding.what) + PyBytes_GET_SIZE(binding.scope)
     cdef int64_t wait_us = prolonged(retry_after_us, jitter)
     cdef Py_ssize_t lines_size = put_lines(lines, told, states, binding, bound, retry_after_us, wait_us) - lines
+    cdef char few[FEW]
+    cdef char *body = few
     cdef Told each
-    cdef char *body
     for each in told:
         size += PyBytes_GET_SIZE(each.opening) + NUMBERS
-    body = <char *>PyMem_Malloc(size)
-    if body == NULL:
-        raise MemoryError
+    if size > FEW:
+        body = <char *>PyMem_Malloc(size)
+        if body == NULL:
+            raise MemoryError
     try:
         size = put_body(body, told, states, binding, bound, retry_after_us, wait_us) - body
         return Answer(
             429, None, PyBytes_FromStringAndSize(body, size), PyBytes_FromStringAndSize(lines, lines_size)
         )
     finally:
-        PyMem_Free(body)
+        if body != few:
+            PyMem_Free(body)
 
 
 cdef int64_t prolonged(int64_t wait_us, double jitter) noexcept:

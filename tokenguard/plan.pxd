@@ -17,6 +17,7 @@ cdef class Plan:
     cdef readonly int requests_at
     cdef readonly Headroom tokens_room
     cdef readonly Headroom requests_room
+    cdef list _capacities
     cdef list _limits
     cdef readonly bint mirrors
     cdef tuple _ours
@@ -27,7 +28,13 @@ cdef class Plan:
     cdef long long _kept
 
     cpdef int64_t limit_at(self, int place) except -1
-    @cython.locals(ours=tuple, theirs=tuple, costs=list, i=cython.int)
-    cpdef tuple costs(self, prompt, total, most=*)
+    @cython.locals(
+        ours=tuple, theirs=tuple, costs=list, i=cython.int, capacity="long long", counted="long long",
+    )
+    cpdef tuple costs(self, long long prompt, long long total, most=*)
     @cython.locals(ours=tuple, theirs=tuple, deltas=list, i=cython.int, given="long long", room=Headroom)
     cpdef tuple deltas(self, tuple costs, tokens, bint unsent=*, bint heard=*)
+
+
+cdef long long _half(long long capacity) noexcept
+cdef long long _token_cost(long long capacity, long long prompt, long long total) noexcept

@@ -50,6 +50,7 @@ class Plan:
         self.requests_room = requests_room
         self.tokens_at = _place(self.budgets, Meter.TOKENS)
         self.requests_at = _place(self.budgets, Meter.REQUESTS)
+        self._capacities = [budget.scale.capacity for budget in self.budgets]
         self._limits = [budget.scale.capacity if _is_brisk(budget.scale) else 0 for budget in self.budgets]
         tokens = [budget.name.meter is Meter.TOKENS for budget in self.budgets]
         learned = [budget.name.source is not None for budget in self.budgets]
@@ -58,12 +59,12 @@ class Plan:
         self._fixed = tuple([GATE_COST if budget.name.meter is Meter.GATE else 1 for budget in self.budgets])
         self._plain = not any(learned)
         self.mirrors = tokens_room is not None or requests_room is not None
-        self._kept = 0 if self.tokens_at < 0 else self.budgets[self.tokens_at].scale.capacity // _KEPT
+        self._kept = 0 if self.tokens_at < 0 else self._capacities[self.tokens_at] // _KEPT
         if tokens_room is not None:
             tokens_room.kept = self._kept
         if requests_room is not None:
-            requests_room.kept = self.budgets[self.requests_at].scale.capacity // _KEPT
-        self._small = min([_half(self.budgets[i].scale) for i in range(len(tokens)) if tokens[i]], default=0)
+            requests_room.kept = self._capacities[self.requests_at] // _KEPT
+        self._small = min([_half(self._capacities[i]) for i in range(len(tokens)) if tokens[i]], default=0)
 
     def limit_at(self, place: int) -> int:
         """Return the capacity of one of the buckets; 0 for none, at -1, and for what is still to be looked at."""
@@ -88,15 +89,14 @@ class Plan:
         ours, theirs = self._ours, self._theirs
         if self._plain and total <= self._small:  # PERF: the common case; row "Limiter" of test_bench_bucket
             return tuple([total if tokens else 1 for tokens in ours])
-        if most is None:
-            most = total
+        counted = total if most is None else most
         costs = []
         for i in range(len(ours)):
-            scale = self.budgets[i].scale
+            capacity = self._capacities[i]
             if ours[i]:
-                costs.append(_token_cost(scale, prompt, total))
+                costs.append(_token_cost(capacity, prompt, total))
             elif theirs[i]:
-                costs.append(most if most <= scale.capacity else min(prompt, _half(scale)))
+                costs.append(counted if counted <= capacity else min(prompt, _half(capacity)))
             else:
                 costs.append(self._fixed[i])
         return tuple(costs)
@@ -145,14 +145,14 @@ def _place(budgets: tuple[Budget, ...], meter: Meter) -> int:
     return -1
 
 
-def _half(scale: Scale) -> int:
-    return (scale.capacity + 1) // 2
+def _half(capacity: int) -> int:
+    return (capacity + 1) // 2
 
 
-def _token_cost(scale: Scale, prompt: int, total: int) -> int:
-    if prompt > 2 * scale.capacity:
+def _token_cost(capacity: int, prompt: int, total: int) -> int:
+    if prompt > 2 * capacity:
         return prompt
-    return min(total, max(prompt, _half(scale)), scale.capacity)
+    return min(total, max(prompt, _half(capacity)), capacity)
 
 
 class Plans:

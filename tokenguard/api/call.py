@@ -73,6 +73,10 @@ class Call:
 
     A driver calls ``begin``, then ``answered``, ``feed`` and ``finish`` as the provider's answer comes and ends,
     or ``failed`` or ``leave`` if it does not, and ``over`` however all that went.
+
+    Attributes:
+        settling: What is done once the buckets are up to date: whoever has the answer may look, so that its end
+            waits for this. None if there is nothing to wait for.
     """
 
     def __init__(self, guard: Guard, request_id: str) -> None:
@@ -83,6 +87,7 @@ class Call:
         self._forwarded_s = 0.0
         self._over = False
         self._heard = False
+        self.settling: asyncio.Future[Any] | None = None
         guard.metrics.began()
 
     def begin(self, headers: Headers, body: bytes) -> UpstreamRequest | Answer:
@@ -200,7 +205,8 @@ class Call:
         if self._over:
             return
         self._over = True
-        self.leave()
+        if self.account.admitted:
+            self.leave()
         if self.exchange.refused_upstream:
             self._hear()
         self.account.seconds = time.perf_counter() - self._began_s
@@ -244,16 +250,7 @@ class Call:
 
 
 class CallSoon(Call):
-    """A call for drivers with an event loop, which settling must not hold up where the backend waits.
-
-    Attributes:
-        settling: What is done once the buckets are up to date: whoever has the answer may look, so that its end
-            waits for this. None if there is nothing to wait for.
-    """
-
-    def __init__(self, guard: Guard, request_id: str) -> None:
-        super().__init__(guard, request_id)
-        self.settling: asyncio.Future[Any] | None = None
+    """A call for drivers with an event loop, which settling must not hold up where the backend waits."""
 
     async def begin_soon(self, headers: Headers, body: bytes) -> UpstreamRequest | Answer:
         """Do what ``begin`` does, while others run."""
