@@ -24,6 +24,7 @@ COMPILED = {
     "tokenguard/plan.py": [],
     "tokenguard/refusal.py": [],
     "tokenguard/providers/_chat.pyx": ["tokenguard/providers/_scan.pxi", "tokenguard/providers/_wire.pxi"],
+    "tokenguard/providers/openai.py": [],
 }
 """What is compiled, and what else each is made of. A ``.pxd`` beside a ``.py`` says what is C in it."""
 

@@ -1,7 +1,7 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, autotestdict=False
 """The ``x-ratelimit-*`` header fields. The stub, _limit_fields.pyi, is its manual."""
 
-from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 
@@ -17,6 +17,8 @@ cdef enum:
 cdef int64_t NEVER = _NEVER_US
 cdef object GATE = Meter.GATE
 cdef bytes CRLF = b"\r\n"
+cdef bytes PAIRS = b"".join([b"%02d" % number for number in range(100)])
+cdef const char *pairs = PyBytes_AS_STRING(PAIRS)
 cdef tuple WHAT = ("limit", "remaining", "reset")
 
 
@@ -101,12 +103,13 @@ cdef inline char *put_end(char *at, char *start, char *room) noexcept nogil:
 
 cdef char *put(char *end, uint64_t amount) noexcept nogil:
     """Write a number so that it ends there; return where it begins."""
-    while True:
-        end -= 1
-        end[0] = c"0" + amount % 10
-        amount //= 10
-        if amount == 0:
-            return end
+    while amount >= 100:
+        end -= 2
+        memcpy(end, pairs + 2 * (amount % 100), 2)
+        amount //= 100
+    end -= 2
+    memcpy(end, pairs + 2 * amount, 2)
+    return end + (amount < 10)
 
 
 cdef char *put_time(char *end, int64_t us) noexcept nogil:

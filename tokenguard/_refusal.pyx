@@ -17,7 +17,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport int64_t
 
-from tokenguard._bucket cimport Outcome
+from tokenguard._bucket cimport Outcome, State
 from tokenguard._fields cimport put_text
 from tokenguard._limit_fields cimport FIELDS, names_of, put_duration, put_fields, put_number
 from tokenguard.limiter cimport Refusal
@@ -83,14 +83,6 @@ cdef list ERRORS = [error_of(meter) for meter in METER]
 cdef tuple BUCKET = bucket_of("", "", Meter.TOKENS, None, None)[1:]
 
 
-cdef struct State:                # one bucket as it is told
-    int64_t limit
-    int64_t level
-    int64_t cost
-    int64_t wait_us
-    int64_t full_in_us
-
-
 cdef class Told:
     """What is the same in every refusal that tells of a bucket: texts in JSON.
 
@@ -136,8 +128,7 @@ cdef Answer refuse_by_outcome(Refusal refused, double jitter):
     if told is None:
         told = refused.plan.told = tuple([told_of(budget.name) for budget in refused.plan.budgets])
     for i in range(check_room(len(told))):
-        states[i].limit, states[i].level, states[i].cost = outcome.limit(i), outcome.level(i), outcome.cost(i)
-        states[i].wait_us, states[i].full_in_us = outcome.wait_us(i), outcome.full_in_us(i)
+        outcome.tell(i, &states[i])
     return written(told, states, <Told>told[binding], &states[binding], states[binding].wait_us, jitter)
 
 

@@ -9,6 +9,7 @@ from tokenguard.limiter cimport Refusal, Reservation
 from tokenguard.plan cimport Plan
 from tokenguard.model cimport Answer, Head, UpstreamRequest
 from tokenguard.providers._chat cimport ChatRequest, Reader
+from tokenguard.providers.openai cimport read_chat
 
 cdef long long _UNKNOWN
 cdef int MAX_REFUSAL_BYTES

@@ -65,6 +65,7 @@ cdef class Lane:
     cdef Metrics metrics
     cdef Pool pool
     cdef object state
+    cdef set tasks
     cdef object loop
     cdef bint waits
     cdef Py_ssize_t max_body_bytes
@@ -123,7 +124,7 @@ cdef class Connection:
     def __init__(self, Lane lane not None, fallback_of, config, server_state, app_state, _loop=None):
         self.lane = lane
         if lane.state is not server_state:
-            lane.state, lane.loop, lane.dated = server_state, _loop, None
+            lane.state, lane.tasks, lane.loop, lane.dated = server_state, server_state.tasks, _loop, None
         self.fallback_of = lambda: fallback_of(config, server_state, app_state, _loop)
         self.pending = b""
         self.keep_alive = True
@@ -164,7 +165,7 @@ cdef class Connection:
             call.caller_left()
         elif self.fields is not None:
             self.fields = self.body = None
-            self.lane.state.tasks.discard(self)
+            self.lane.tasks.discard(self)
 
     def pause_writing(self):
         self.write_paused = True
@@ -255,7 +256,7 @@ cdef class Connection:
             return 0
         if self.fallback is not None:
             self.fallback.rest()
-        self.lane.state.tasks.add(self)
+        self.lane.tasks.add(self)
         self.expect(0)
         self.keep_alive = self.keep_alive and not fields.close
         if size - head >= fields.length:
@@ -300,7 +301,7 @@ cdef class Connection:
         self.call = None
         self.fields = self.body = None
         self.missing = 0
-        self.lane.state.tasks.discard(self)
+        self.lane.tasks.discard(self)
         self.lane.state.total_requests += 1
         if self.transport.is_closing():
             return 0
