@@ -9,8 +9,8 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 INSTALL := $(PIP) install --no-build-isolation
 
 # The stubs of these tell what is for others; what is seen of them besides is for each other.
-BUILT_OF_PARTS := tokenguard._fields tokenguard._heads tokenguard.upstream._http tokenguard.upstream._pool \
-    tokenguard.lane._lane
+BUILT_OF_PARTS := tokenguard._fields tokenguard._heads tokenguard._refusal tokenguard.upstream._http \
+    tokenguard.upstream._pool tokenguard.lane._lane
 
 # An address only counts when it stands on make's command line: shells and hosts export a HOST or PORT of their own.
 given = $(if $(findstring command,$(origin $1)),--$2 '$($1)')

@@ -8,6 +8,7 @@ COMPILED = {
     "tokenguard/_fields.pyx": [],
     "tokenguard/_heads.pyx": [],
     "tokenguard/_limit_fields.pyx": [],
+    "tokenguard/_refusal.pyx": [],
     "tokenguard/upstream/_http.pyx": [],
     "tokenguard/upstream/_pool.pyx": [],
     "tokenguard/lane/_lane.pyx": [],
@@ -24,6 +25,7 @@ COMPILED = {
     "tokenguard/plan.py": [],
     "tokenguard/refusal.py": [],
     "tokenguard/providers/_chat.pyx": ["tokenguard/providers/_scan.pxi", "tokenguard/providers/_wire.pxi"],
+    "tokenguard/providers/openai.py": [],
 }
 """What is compiled, and what else each is made of. A ``.pxd`` beside a ``.py`` says what is C in it."""
 

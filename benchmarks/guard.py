@@ -55,6 +55,8 @@ LEADS = (
     Lead("answer of 800 bytes", "baseline: answer of 800 bytes, carefully", 1.4),
     Lead("event of 31 in one piece", "baseline: event of 31 in one piece, carefully", 15),
     Lead("event of 31 in 31 pieces", "baseline: event of 31 in 31 pieces, carefully", 15),
+    # How a node stands a herd: most of its calls are refused.
+    Lead("a call that is refused", "a call with metrics", 1.5),
     # Less than 1: what the logic around the table may take, in times of the table's own reserve and settle.
     Lead("a call: its request is read and estimated", "baseline: the table's reserve + settle", 1 / 10),
     Lead("a call: it is reserved for", "baseline: the table's reserve + settle", 1 / 5),

@@ -1,7 +1,7 @@
 """What it costs to observe a call: a guarded call without its I/O, with and without metrics and the log line.
 
-The rows differ in who is told of the call; the last one is a whole request through the ASGI app, to set that
-against.
+The rows differ in who is told of the call, or in what becomes of it; the last one is a whole request through the
+ASGI app, to set that against.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from tokenguard.estimate import Estimator
 from tokenguard.exchange import Terms
 from tokenguard.limiter import Limiter
 from tokenguard.metrics import Metrics
+from tokenguard.model import Identity
 from tokenguard.plan import Plans
 from tokenguard.providers.openai import read_chat
 
@@ -121,12 +122,32 @@ def calls(metrics, log):
     return work
 
 
+def refusals():
+    """Return what makes ``CALLS`` calls of somebody who has nothing left, whose answers are written."""
+    guard = guard_of(buckets(CONFIG), Metrics, None)
+    alice = Identity("alice", "search", "developer", "staff")
+    guard.limiter.settle(guard.limiter.reserve(alice, "gpt-4o-mini", 0, 10), 2 * 10**12)
+
+    def work():
+        for _ in range(CALLS):
+            call = Call(guard, REQUEST_ID)
+            answer = call.begin(HEADERS, BODY)
+            assert answer.status == 429
+            call.over()
+
+    return work
+
+
 def test_unobserved(benchmark):
     measure(benchmark, "baseline: a call, unobserved", calls(Unobserved, None))
 
 
 def test_metrics(benchmark):
     measure(benchmark, "a call with metrics", calls(Metrics, None))
+
+
+def test_refused(benchmark):
+    measure(benchmark, "a call that is refused", refusals())
 
 
 @pytest.mark.parametrize("formatter", [logs.TextFormatter, logs.JsonFormatter])

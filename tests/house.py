@@ -11,8 +11,8 @@ from tokenguard._bucket import BucketTable
 from tokenguard.backends.memory import MemoryBackend
 from tokenguard.budgets import Budgets
 from tokenguard.exchange import Settlement
-from tokenguard.limiter import Limiter, Reservation
-from tokenguard.model import GLOBAL, GLOBAL_ID, BucketName, Budget, Identity, Meter, Scale, Scope
+from tokenguard.limiter import Limiter, Refusal, Reservation
+from tokenguard.model import GLOBAL, GLOBAL_ID, BucketName, Budget, Decision, Identity, Meter, Scale, Scope
 from tokenguard.plan import Plans
 
 S = 1_000_000
@@ -32,6 +32,11 @@ def named(scope: str, meter: Meter = Meter.TOKENS, model: str | None = None) -> 
     """Return the name of a bucket of ``kind:id`` (or ``global``)."""
     kind, _, scope_id = scope.partition(":")
     return BucketName(Scope(kind, GLOBAL_ID if kind == GLOBAL else scope_id), meter, model)
+
+
+def told(reserved: Reservation | Refusal) -> Reservation | Decision:
+    """Return what came of reserving as callers are told of it."""
+    return reserved.decision if isinstance(reserved, Refusal) else reserved
 
 
 class House:
@@ -56,8 +61,8 @@ class House:
     def reserve(
         self, tokens: int, *, who: Identity = ALICE, prompt: int = 0, model: str = MODEL, now_us: int = NOW_US
     ) -> Any:
-        """Ask for a reservation of ``tokens`` in all."""
-        return self.limiter.reserve(who, model, prompt, tokens, now_us=now_us)
+        """Ask for a reservation of ``tokens`` in all; return it, or the decision that refuses it."""
+        return told(self.limiter.reserve(who, model, prompt, tokens, now_us=now_us))
 
     def taken(self, tokens: int, **asked: Any) -> Reservation:
         """Return a reservation, which must not be refused."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from tests.house import MODEL, grant, named
+from tests.house import MODEL, grant, named, told
 from tokenguard import engine
 from tokenguard.budgets import Budgets
 from tokenguard.config import read_config
@@ -51,7 +51,7 @@ class Node:
 
     def reserve(self, tokens, user="alice", **who):
         """Ask for a reservation of ``tokens``, all of them for the prompt."""
-        return self.limiter.reserve(Identity(user, **who), MODEL, tokens, tokens)
+        return told(self.limiter.reserve(Identity(user, **who), MODEL, tokens, tokens))
 
     def taken(self, tokens, user="alice", **who):
         """Return a reservation, which must not be refused."""
@@ -60,7 +60,7 @@ class Node:
         return reserved
 
     async def reserve_soon(self, tokens, user="alice", **who):
-        return await self.limiter.reserve_soon(Identity(user, **who), MODEL, tokens, tokens)
+        return told(await self.limiter.reserve_soon(Identity(user, **who), MODEL, tokens, tokens))
 
     def set(self, scope, scale, level=None, meter=Meter.TOKENS, model=None):
         """Set an explicit budget."""

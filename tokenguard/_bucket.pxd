@@ -25,6 +25,13 @@ cdef struct Bucket:               # one bucket of an outcome
     int64_t cost
     int64_t wait_us
 
+cdef struct State:                # the same as it is told
+    int64_t limit
+    int64_t level
+    int64_t cost
+    int64_t wait_us
+    int64_t full_in_us
+
 
 @cython.final
 cdef class Handle:
@@ -50,6 +57,7 @@ cdef class Outcome:
     cpdef int64_t cost(self, int i) except? -1
     cpdef int64_t wait_us(self, int i) except? -1
     cpdef int64_t full_in_us(self, int i) except? -1
+    cdef int tell(self, int i, State *state) except -1
 
 
 @cython.final

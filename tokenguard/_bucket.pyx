@@ -89,6 +89,13 @@ cdef class Outcome:
         s.tick = self.seen[i].tick
         return time_us(&s, s.capacity * s.unit - self.seen[i].level, self.now_us)
 
+    cdef int tell(self, int i, State *state) except -1:
+        state.full_in_us = self.full_in_us(i)  # checks i
+        state.limit = self.plan.entries[i].want.capacity
+        state.level = floor_div(self.seen[i].level, self.plan.entries[i].want.unit)
+        state.cost, state.wait_us = self.seen[i].cost, self.seen[i].wait_us
+        return 0
+
     def asked(self, tuple costs not None):
         cdef Outcome o
         cdef Slot s

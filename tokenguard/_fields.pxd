@@ -1,6 +1,8 @@
 """Header fields where they stand, in C."""
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint8_t
+from libc.string cimport memcpy
 
 cdef enum:
     FEW = 32
@@ -42,7 +44,14 @@ cdef int known(bytes name)
 cdef bytes name_of(Line *line)
 cdef Fields fields_of(headers)
 cdef bytes lines_of(list headers)
+cpdef list list_of(bytes lines)
 cdef bint begins(Line *line, const char *text, int size) noexcept
 cdef bint is_text(Line *line, const char *text, int size) noexcept
 cdef int64_t number_of(const char *at, Py_ssize_t size) noexcept
 cdef char *put_line(char *at, Line *line) noexcept
+
+
+cdef inline char *put_text(char *at, bytes text) noexcept:
+    """Write a text; return where the next goes."""
+    memcpy(at, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+    return at + PyBytes_GET_SIZE(text)

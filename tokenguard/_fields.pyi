@@ -11,3 +11,6 @@ class Fields:
 
     def as_list(self) -> list[tuple[bytes, bytes]]:
         """Return the fields as (name, value), names in lower case."""
+
+def list_of(lines: bytes) -> list[tuple[bytes, bytes]]:
+    """Return lines of ours, each with its CRLF, as (name, value)."""

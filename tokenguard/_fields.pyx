@@ -266,6 +266,10 @@ cdef bytes lines_of(list headers):
     return b"".join([b"%b: %b\r\n" % field for field in headers])
 
 
+cpdef list list_of(bytes lines):
+    return [tuple(line.split(b": ", 1)) for line in lines.splitlines()]
+
+
 cdef bint is_visible(const char *at, const char *end) noexcept:
     """Return whether text holds no control character but the tab."""
     # PERF: eight at a time; a byte below 32 borrows from its highest bit, and 127 is looked for as a zero

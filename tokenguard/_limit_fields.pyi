@@ -9,7 +9,7 @@ from tokenguard._bucket import Outcome
 from tokenguard.model import Headers, Meter
 
 _Groups = tuple[tuple[tuple[bytes, ...], tuple[int, ...]], ...]
-"""The numbers of a plan's buckets, those of one meter together, and the names of the fields that tell of them."""
+"""The numbers of a plan's buckets, those of one meter together, and how the fields that tell of them begin."""
 
 def by_meter(meters: Iterable[Meter]) -> _Groups:
     """Return the groups of a plan's buckets; meters in the order in which they appear."""
@@ -19,17 +19,6 @@ def limit_headers(groups: _Groups, outcome: Outcome) -> Headers:
 
 def limit_lines(groups: _Groups, outcome: Outcome) -> bytes:
     """Return the same as lines, each with its CRLF."""
-
-def add_fields(headers: Headers, meter: Meter, limit: int, level: int, full_in_us: int) -> None:
-    """Add the fields that tell of one bucket.
-
-    Args:
-        headers: Where to.
-        meter: What the bucket counts.
-        limit: Its capacity.
-        level: What is in it.
-        full_in_us: How long until it is full; 10^15 is never, of which nothing is told.
-    """
 
 def duration(us: int) -> str:
     """Return a time as the provider writes it, rounded up to the millisecond: 12ms, 8.64s, 6m0s, 1h0m2s."""

@@ -1,21 +1,24 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, autotestdict=False
 """The ``x-ratelimit-*`` header fields. The stub, _limit_fields.pyi, is its manual."""
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.stdint cimport int64_t
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memcpy
 
 from tokenguard._bucket cimport Outcome
+from tokenguard._fields cimport list_of, put_text
 
 from tokenguard.model import NEVER_US as _NEVER_US, Meter
 
 cdef enum:
     ROOM = 48                     # bytes; a duration of 2^63 µs takes 21
-    LONGEST = 128                 # bytes of a line; "x-ratelimit-remaining-requests" has 30
-    LINES = 32 * 3 * LONGEST      # a plan has at most 32 buckets, and no more meters
+    LINES = 32 * FIELDS           # a plan has at most 32 buckets, and no more meters
 
 cdef int64_t NEVER = _NEVER_US
 cdef object GATE = Meter.GATE
+cdef bytes CRLF = b"\r\n"
+cdef bytes PAIRS = b"".join([b"%02d" % number for number in range(100)])
+cdef const char *pairs = PyBytes_AS_STRING(PAIRS)
 cdef tuple WHAT = ("limit", "remaining", "reset")
 
 
@@ -29,7 +32,8 @@ def by_meter(meters):
 
 
 cdef tuple names_of(meter):
-    return tuple([f"x-ratelimit-{what}-{meter.value}".encode() for what in WHAT])
+    """Return what the fields that tell of a meter's bucket begin with."""
+    return tuple([f"x-ratelimit-{what}-{meter.value}: ".encode() for what in WHAT])
 
 
 cdef int tightest(tuple numbers, Outcome outcome) except -1:
@@ -47,77 +51,65 @@ cdef int tightest(tuple numbers, Outcome outcome) except -1:
 
 
 cpdef list limit_headers(tuple groups, Outcome outcome):
-    cdef list headers = []
-    cdef tuple names, numbers
-    cdef int i
-    for names, numbers in groups:
-        i = tightest(numbers, outcome)
-        add(headers, names, outcome.limit(i), outcome.level(i), outcome.full_in_us(i))
-    return headers
+    return list_of(limit_lines(groups, outcome))
 
 
 cpdef bytes limit_lines(tuple groups, Outcome outcome):
     cdef char lines[LINES]
     cdef char *at = lines
     cdef tuple names, numbers
-    cdef int64_t full_in_us
-    cdef char room[ROOM]
     cdef int i
     for names, numbers in groups:
-        if at - lines > LINES - 3 * LONGEST:
+        if at - lines > LINES - FIELDS:
             raise ValueError("a plan has more meters than there is room for their fields")
         i = tightest(numbers, outcome)
-        full_in_us = outcome.full_in_us(i)
-        at = put_line(at, names[0], put(room + ROOM, outcome.limit(i)), room)
-        at = put_line(at, names[1], put(room + ROOM, max(0, outcome.level(i))), room)
-        if full_in_us < NEVER:
-            at = put_line(at, names[2], put_time(room + ROOM, full_in_us), room)
+        at = put_fields(at, names, outcome.limit(i), outcome.level(i), outcome.full_in_us(i))
     return PyBytes_FromStringAndSize(lines, at - lines)
 
 
-cdef char *put_line(char *at, bytes name, char *value, char *room):
-    """Write a field; return where the next begins."""
-    cdef Py_ssize_t size = room + ROOM - value
-    memcpy(at, PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name))
-    at += PyBytes_GET_SIZE(name)
-    at[0], at[1] = c":", c" "
-    memcpy(at + 2, value, size)
-    at += 2 + size
-    at[0], at[1] = c"\r", c"\n"
-    return at + 2
-
-
-def add_fields(list headers not None, meter, int64_t limit, int64_t level, int64_t full_in_us):
-    add(headers, names_of(meter), limit, level, full_in_us)
-
-
-cdef add(list headers, tuple names, int64_t limit, int64_t level, int64_t full_in_us):
-    cdef char room[ROOM]
-    headers.append((names[0], text_from(put(room + ROOM, limit), room)))
-    headers.append((names[1], text_from(put(room + ROOM, max(0, level)), room)))
+cdef char *put_fields(char *at, tuple names, int64_t limit, int64_t level, int64_t full_in_us):
+    at = put_text(put_number(put_text(at, names[0]), limit), CRLF)
+    at = put_text(put_number(put_text(at, names[1]), max(0, level)), CRLF)
     if full_in_us < NEVER:
-        headers.append((names[2], text_from(put_time(room + ROOM, full_in_us), room)))
+        at = put_text(put_duration(put_text(at, names[2]), full_in_us), CRLF)
+    return at
 
 
 def duration(int64_t us):
+    cdef char text[ROOM]
+    return PyBytes_FromStringAndSize(text, put_duration(text, us) - text).decode()
+
+
+cdef char *put_number(char *at, int64_t amount) noexcept nogil:
     cdef char room[ROOM]
-    return text_from(put_time(room + ROOM, us), room).decode()
+    if amount < 0:
+        at[0] = c"-"
+        return put_end(at + 1, put(room + ROOM, -<uint64_t>amount), room)
+    return put_end(at, put(room + ROOM, amount), room)
 
 
-cdef inline bytes text_from(char *start, char *room):
-    return PyBytes_FromStringAndSize(start, room + ROOM - start)
+cdef char *put_duration(char *at, int64_t us) noexcept nogil:
+    cdef char room[ROOM]
+    return put_end(at, put_time(room + ROOM, us), room)
 
 
-# SAFETY: what follows writes backwards from the end of ROOM bytes; no 64-bit number has more than 19 digits.
+cdef inline char *put_end(char *at, char *start, char *room) noexcept nogil:
+    """Write what stands at the end of ROOM bytes; return where the next goes."""
+    memcpy(at, start, room + ROOM - start)
+    return at + (room + ROOM - start)
 
-cdef char *put(char *end, int64_t amount) noexcept nogil:
-    """Write a number, which is at least 0, so that it ends there; return where it begins."""
-    while True:
-        end -= 1
-        end[0] = c"0" + amount % 10
-        amount //= 10
-        if amount == 0:
-            return end
+
+# SAFETY: what follows writes backwards from the end of ROOM bytes; no 64-bit number has more than 20 digits.
+
+cdef char *put(char *end, uint64_t amount) noexcept nogil:
+    """Write a number so that it ends there; return where it begins."""
+    while amount >= 100:
+        end -= 2
+        memcpy(end, pairs + 2 * (amount % 100), 2)
+        amount //= 100
+    end -= 2
+    memcpy(end, pairs + 2 * amount, 2)
+    return end + (amount < 10)
 
 
 cdef char *put_time(char *end, int64_t us) noexcept nogil:

@@ -1,6 +1,6 @@
 """The error tree: everything TokenGuard raises on purpose is a ``TokenGuardError``.
 
-A refusal is not here: it is a value (``model.Decision``), not an error.
+A refusal is not here: it is a value (``limiter.Refusal``, ``model.Decision``), not an error.
 """
 
 

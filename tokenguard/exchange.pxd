@@ -2,12 +2,14 @@
 
 cimport cython
 from tokenguard._heads cimport Asked, Told
+from tokenguard._refusal cimport refuse
 from tokenguard.account cimport Account
 from tokenguard.estimate cimport Estimator
-from tokenguard.limiter cimport Reservation
+from tokenguard.limiter cimport Refusal, Reservation
 from tokenguard.plan cimport Plan
 from tokenguard.model cimport Answer, Head, UpstreamRequest
 from tokenguard.providers._chat cimport ChatRequest, Reader
+from tokenguard.providers.openai cimport read_chat
 
 cdef long long _UNKNOWN
 cdef int MAX_REFUSAL_BYTES

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 from tokenguard import refusal
 from tokenguard._fields import Fields
 from tokenguard._heads import Asked, Told
+from tokenguard._refusal import refuse
 from tokenguard.account import Account, Outcome
 from tokenguard.errors import InvalidValue, TokenGuardError, UpstreamError
 from tokenguard.estimate import Estimate, Estimator, least_counted
-from tokenguard.limiter import Reservation
+from tokenguard.limiter import Refusal, Reservation
 from tokenguard.model import (
     Answer,
-    Decision,
     Head,
     Headers,
     Identity,
@@ -231,11 +231,11 @@ class Exchange:
         self.account.estimate = total
         return tuple.__new__(Ask, (self._identity, model, prompt, total, most))  # PERF: half of what its own takes
 
-    def reserved(self, reserved: Reservation | Decision) -> UpstreamRequest | Answer:
+    def reserved(self, reserved: Reservation | Refusal) -> UpstreamRequest | Answer:
         """Take in what came of reserving; return the request to forward, or the refusal."""
-        if isinstance(reserved, Decision):
-            self.account.refused_by = reserved.binding and reserved.binding.name
-            return refusal.refuse(reserved, self._terms.jitter())
+        if isinstance(reserved, Refusal):
+            self.account.refused_by = reserved.binding
+            return refuse(reserved, self._terms.jitter())
         self._reservation = reserved
         self.is_outsize = self._estimate.most > reserved.plan.largest
         if reserved.plan.tokens_room is not None:

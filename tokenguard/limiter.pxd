@@ -35,6 +35,13 @@ cdef class Reservation:
     cpdef reopen(self)
 
 
+@cython.final
+@cython.freelist(64)
+cdef class Refusal:
+    cdef readonly Plan plan
+    cdef Outcome outcome
+
+
 cdef class Limiter:
     cdef readonly bint waits
     cdef object _backend

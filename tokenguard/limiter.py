@@ -9,7 +9,7 @@ from tokenguard._bucket import Outcome
 from tokenguard.backends import Backend, Handle
 from tokenguard.drift import Charge
 from tokenguard.errors import AlreadySettled, StaleHandle
-from tokenguard.model import BucketState, Decision, Headers, Identity
+from tokenguard.model import BucketName, BucketState, Decision, Headers, Identity
 from tokenguard.plan import Plan, Plans
 
 _TRIES = 8
@@ -122,6 +122,28 @@ class Reservation:
         self.is_open = True
 
 
+class Refusal:
+    """That a call was refused, every bucket being as before.
+
+    Attributes:
+        plan: The buckets.
+    """
+
+    def __init__(self, plan: Plan, outcome: Outcome) -> None:
+        self.plan = plan
+        self.outcome = outcome
+
+    @property
+    def binding(self) -> BucketName:
+        """The bucket with the longest wait."""
+        return self.plan.budgets[self.outcome.binding].name
+
+    @property
+    def decision(self) -> Decision:
+        """The decision: every bucket as it was found."""
+        return _decision(self.plan, self.outcome)
+
+
 class Limiter:
     """The use cases.
 
@@ -146,7 +168,7 @@ class Limiter:
         total: int,
         most: int | None = None,
         now_us: int | None = None,
-    ) -> Reservation | Decision:
+    ) -> Reservation | Refusal:
         """Take a call's estimate from every bucket on its path, or from none.
 
         Args:
@@ -158,7 +180,7 @@ class Limiter:
             now_us: The time; None is now.
 
         Returns:
-            The reservation, or the decision that refused it, with every bucket as before.
+            The reservation, or the refusal.
 
         Raises:
             TableFull: There is no room for a new bucket; nothing was charged.
@@ -177,7 +199,7 @@ class Limiter:
                     raise
             else:
                 break
-        return Reservation(plan, costs, outcome) if outcome.allowed else _decision(plan, outcome)
+        return Reservation(plan, costs, outcome) if outcome.allowed else Refusal(plan, outcome)
 
     async def reserve_soon(
         self,
@@ -187,7 +209,7 @@ class Limiter:
         total: int,
         most: int | None = None,
         now_us: int | None = None,
-    ) -> Reservation | Decision:
+    ) -> Reservation | Refusal:
         """Do what ``reserve`` does, without holding up an event loop; if it is cancelled, nothing is taken."""
         # PERF: the loop stands here once more, for a generator that serves both takes a quarter of a reserve.
         for tries_left in reversed(range(_TRIES)):
@@ -201,7 +223,7 @@ class Limiter:
                     raise
             else:
                 break
-        return Reservation(plan, costs, outcome) if outcome.allowed else _decision(plan, outcome)
+        return Reservation(plan, costs, outcome) if outcome.allowed else Refusal(plan, outcome)
 
     def settle(self, reservation: Reservation, tokens: int, now_us: int | None = None) -> int:
         """Replace what was reserved by what the call took.

@@ -1,13 +1,16 @@
 """What goes between a driver and an exchange, in C."""
 
 cimport cython
+from tokenguard._fields cimport list_of
 
 
 @cython.final
+@cython.freelist(64)
 cdef class Answer:
     cdef readonly int status
-    cdef readonly list headers
     cdef readonly bytes body
+    cdef readonly bytes block
+    cdef list _headers
 
 
 @cython.final

@@ -6,6 +6,7 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import NamedTuple
 
+from tokenguard._fields import list_of
 from tokenguard.errors import InvalidValue
 
 GLOBAL = "global"
@@ -234,12 +235,27 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class Answer:
-    """A whole HTTP answer of our own."""
+    """A whole HTTP answer of our own.
 
-    def __init__(self, status: int, headers: Headers, body: bytes) -> None:
+    Args:
+        status: The status.
+        headers: The fields; None if they are in ``block``.
+        body: The body.
+        block: The fields as lines, each with its CRLF.
+    """
+
+    def __init__(self, status: int, headers: Headers | None, body: bytes, block: bytes = b"") -> None:
         self.status = status
-        self.headers = headers
         self.body = body
+        self.block = block
+        self._headers = headers
+
+    @property
+    def headers(self) -> Headers:
+        """The fields, however they were given."""
+        if self._headers is None:
+            self._headers = list_of(self.block)
+        return self._headers
 
 
 class Head:

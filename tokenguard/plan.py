@@ -34,6 +34,7 @@ class Plan:
         requests_room: Likewise.
         mirrors: Whether there is any of the two.
         largest: What the provider may count a call for at most, so as not to refuse it for its size alone.
+        told: What refusals tell of their names; None until one does.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class Plan:
         self.budgets = tuple(budgets)
         self.handle = handle
         self.groups = by_meter([budget.name.meter for budget in self.budgets])
+        self.told: tuple[object, ...] | None = None
         self.tokens_room = tokens_room
         self.requests_room = requests_room
         self.tokens_at = _place(self.budgets, Meter.TOKENS)
         self.requests_at = _place(self.budgets, Meter.REQUESTS)
+        self._capacities = [budget.scale.capacity for budget in self.budgets]
         self._limits = [budget.scale.capacity if _is_brisk(budget.scale) else 0 for budget in self.budgets]
         tokens = [budget.name.meter is Meter.TOKENS for budget in self.budgets]
         learned = [budget.name.source is not None for budget in self.budgets]
@@ -60,11 +63,11 @@ class Plan:
         self.mirrors = tokens_room is not None or requests_room is not None
         for room, at in ((tokens_room, self.tokens_at), (requests_room, self.requests_at)):
             if room is not None:
-                capacity, brisk = self.budgets[at].scale.capacity, self._limits[at] > 0
+                capacity, brisk = self._capacities[at], self._limits[at] > 0
                 room.hold(capacity, capacity // _KEPT if brisk else 0, not brisk)
-        theirs = [self.budgets[i].scale.capacity for i in range(len(tokens)) if self._theirs[i]]
+        theirs = [self._capacities[i] for i in range(len(tokens)) if self._theirs[i]]
         self.largest = min(theirs, default=_ANY)
-        self._small = min([_half(self.budgets[i].scale) for i in range(len(tokens)) if tokens[i]], default=0)
+        self._small = min([_half(self._capacities[i]) for i in range(len(tokens)) if tokens[i]], default=0)
 
     def limit_at(self, place: int) -> int:
         """Return the capacity of one of the buckets; 0 for none, at -1, and for what is still to be looked at."""
@@ -90,15 +93,14 @@ class Plan:
         ours, theirs = self._ours, self._theirs
         if self._plain and total <= self._small:  # PERF: the common case; row "Limiter" of test_bench_bucket
             return tuple([total if tokens else 1 for tokens in ours])
-        if most is None:
-            most = total
+        counted = total if most is None else most
         costs = []
         for i in range(len(ours)):
-            scale = self.budgets[i].scale
+            capacity = self._capacities[i]
             if ours[i]:
-                costs.append(_token_cost(scale, prompt, total))
+                costs.append(_token_cost(capacity, prompt, total))
             elif theirs[i]:
-                costs.append(_counted(scale, prompt, most))
+                costs.append(_counted(capacity, prompt, counted))
             else:
                 costs.append(self._fixed[i])
         return tuple(costs)
@@ -151,21 +153,21 @@ def _place(budgets: tuple[Budget, ...], meter: Meter) -> int:
     return -1
 
 
-def _half(scale: Scale) -> int:
-    return (scale.capacity + 1) // 2
+def _half(capacity: int) -> int:
+    return (capacity + 1) // 2
 
 
-def _counted(scale: Scale, prompt: int, most: int) -> int:
-    if most <= scale.capacity:
+def _counted(capacity: int, prompt: int, most: int) -> int:
+    if most <= capacity:
         return most
     least = max(prompt, most - prompt)
-    return least if least <= scale.capacity else min(prompt, _half(scale))
+    return least if least <= capacity else min(prompt, _half(capacity))
 
 
-def _token_cost(scale: Scale, prompt: int, total: int) -> int:
-    if prompt > 2 * scale.capacity:
+def _token_cost(capacity: int, prompt: int, total: int) -> int:
+    if prompt > 2 * capacity:
         return prompt
-    return min(total, max(prompt, _half(scale)), scale.capacity)
+    return min(total, max(prompt, _half(capacity)), capacity)
 
 
 class Plans:

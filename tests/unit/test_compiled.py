@@ -24,7 +24,7 @@ def test_module_is_loaded_from_its_extension(source):
         ("tokenguard.api.call", ["Call", "CallSoon", "Guard"]),
         ("tokenguard.estimate", ["Estimator", "Traffic"]),
         ("tokenguard.exchange", ["End", "Exchange", "Settlement", "Terms"]),
-        ("tokenguard.limiter", ["Limiter", "Reservation"]),
+        ("tokenguard.limiter", ["Limiter", "Refusal", "Reservation"]),
         ("tokenguard.metrics", ["Metrics"]),
         ("tokenguard.model", ["Answer", "Head", "UpstreamRequest"]),
         ("tokenguard.plan", ["Plan"]),

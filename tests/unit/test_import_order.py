@@ -13,7 +13,7 @@ FLOORS = [
     {"cli", "asgi", "wsgi", "routes", "wiring", "engine", "library", "middleware", "__main__", ""},
     {"api", "server", "supervisor", "lane"},
     {"exchange", "provider_limits", "upstream", "config", "demo"},
-    {"limiter", "budgets", "estimate", "providers", "refusal", "metrics", "logs", "_heads"},
+    {"limiter", "budgets", "estimate", "providers", "refusal", "_refusal", "metrics", "logs", "_heads"},
     {"plan", "backends"},
     {"_bucket", "_limit_fields", "arithmetic", "headroom"},
     {"model", "errors", "jsontext", "sizing", "drift", "account", "_fields", "_version"},

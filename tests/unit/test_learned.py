@@ -341,7 +341,7 @@ def test_admin_limits_stand_beside_those_of_headers(desk):
         desk.house.limiter.reserve(ALICE, MODEL, 10, 3000),
         desk.house.limiter.reserve(ALICE, MODEL, 10, 3000),
     )
-    assert refused[1].binding.name.source is Source.ADMIN
+    assert refused[1].binding.source is Source.ADMIN
 
 
 def test_admin_limit_that_vanishes_is_removed(desk):
@@ -516,7 +516,7 @@ def test_learned_budget_holds_until_the_time_that_its_level_says():
     """A call that is more than remains waits for as long as the provider would make it wait."""
     house = House()
     house.backend.put(learned(60_000), 1000, NOW_US)
-    refused = house.limiter.reserve(ALICE, MODEL, 10, 3000, now_us=NOW_US)
+    refused = house.reserve(3000, prompt=10)
 
     assert refused.retry_after_us == 2 * S
     assert isinstance(refused.binding.name, BucketName)

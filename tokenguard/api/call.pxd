@@ -31,6 +31,7 @@ cdef class Call:
     cdef double _forwarded_s
     cdef bint _over
     cdef bint _heard
+    cdef readonly object settling
 
     cpdef begin(self, headers, body)
     cpdef reserved(self, reserved)
@@ -58,8 +59,6 @@ cdef class Call:
 
 
 cdef class CallSoon(Call):
-    cdef readonly object settling
-
     cdef _wait_for(self, heeded)
     cdef _lower(self, Reservation reservation, tuple deltas)
     cdef _settle(self, Settlement settlement)

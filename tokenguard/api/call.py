@@ -15,9 +15,9 @@ from tokenguard.backends import loop_runs
 from tokenguard.errors import InvalidRequest, TableBusy, TokenGuardError, UpstreamError
 from tokenguard.exchange import End, Exchange, Settlement, Terms
 from tokenguard.headroom import Pace
-from tokenguard.limiter import Limiter, Reservation
+from tokenguard.limiter import Limiter, Refusal, Reservation
 from tokenguard.metrics import Metrics
-from tokenguard.model import Answer, Decision, Head, Headers, UpstreamRequest, checked_name
+from tokenguard.model import Answer, Head, Headers, UpstreamRequest, checked_name
 from tokenguard.provider_limits import News, ProviderLimits
 
 CALL = "tokenguard.exchange"
@@ -73,6 +73,10 @@ class Call:
 
     A driver calls ``begin``, then ``answered``, ``feed`` and ``finish`` as the provider's answer comes and ends,
     or ``failed`` or ``leave`` if it does not, and ``over`` however all that went.
+
+    Attributes:
+        settling: What is done once the buckets are up to date: whoever has the answer may look, so that its end
+            waits for this. None if there is nothing to wait for.
     """
 
     def __init__(self, guard: Guard, request_id: str) -> None:
@@ -83,6 +87,7 @@ class Call:
         self._forwarded_s = 0.0
         self._over = False
         self._heard = False
+        self.settling: asyncio.Future[Any] | None = None
         guard.metrics.began()
 
     def begin(self, headers: Headers, body: bytes) -> UpstreamRequest | Answer:
@@ -93,7 +98,7 @@ class Call:
         identity, model, prompt, total, most = asked
         return self.reserved(self._guard.limiter.reserve(identity, model, prompt, total, most))
 
-    def reserved(self, reserved: Reservation | Decision) -> UpstreamRequest | Answer:
+    def reserved(self, reserved: Reservation | Refusal) -> UpstreamRequest | Answer:
         """Take in what came of reserving; return what to forward, or the refusal."""
         forward = self.exchange.reserved(reserved)
         if self.account.admitted:
@@ -201,7 +206,8 @@ class Call:
         if self._over:
             return
         self._over = True
-        self.leave()
+        if self.account.admitted:
+            self.leave()
         if self.exchange.refused_upstream:
             self._hear()
         self.account.seconds = time.perf_counter() - self._began_s
@@ -245,16 +251,7 @@ class Call:
 
 
 class CallSoon(Call):
-    """A call for drivers with an event loop, which settling must not hold up where the backend waits.
-
-    Attributes:
-        settling: What is done once the buckets are up to date: whoever has the answer may look, so that its end
-            waits for this. None if there is nothing to wait for.
-    """
-
-    def __init__(self, guard: Guard, request_id: str) -> None:
-        super().__init__(guard, request_id)
-        self.settling: asyncio.Future[Any] | None = None
+    """A call for drivers with an event loop, which settling must not hold up where the backend waits."""
 
     async def begin_soon(self, headers: Headers, body: bytes) -> UpstreamRequest | Answer:
         """Do what ``begin`` does, while others run."""

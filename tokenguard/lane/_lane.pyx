@@ -15,12 +15,13 @@ import os
 from asyncio import CancelledError
 from http import HTTPStatus
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeASCII
 from libc.stdint cimport uint64_t
 from libc.string cimport memcmp
 
-from tokenguard._fields cimport Fields, known, lines_of
+from tokenguard._fields cimport Fields, known, lines_of, put_text
+from tokenguard._limit_fields cimport put_number
 from tokenguard.account cimport Account
 from tokenguard.api.call cimport CallSoon, Guard
 from tokenguard.exchange cimport Exchange
@@ -48,7 +49,7 @@ cdef const char *HEX = "0123456789abcdef"
 cdef bytes CLOSE = b"connection: close\r\n"
 cdef bytes ID = b"x-request-id: "
 cdef bytes CRLF = b"\r\n"
-cdef bytes COLON = b": "
+cdef bytes LENGTH = b"\r\ncontent-length: "
 cdef bytes CHUNKED = b"transfer-encoding: chunked\r\n"
 cdef bytes JSON = b"content-type: application/json\r\n"
 cdef bytes LAST_CHUNK = b"0\r\n\r\n"
@@ -64,6 +65,7 @@ cdef class Lane:
     cdef Metrics metrics
     cdef Pool pool
     cdef object state
+    cdef set tasks
     cdef object loop
     cdef bint waits
     cdef Py_ssize_t max_body_bytes
@@ -122,7 +124,7 @@ cdef class Connection:
     def __init__(self, Lane lane not None, fallback_of, config, server_state, app_state, _loop=None):
         self.lane = lane
         if lane.state is not server_state:
-            lane.state, lane.loop, lane.dated = server_state, _loop, None
+            lane.state, lane.tasks, lane.loop, lane.dated = server_state, server_state.tasks, _loop, None
         self.fallback_of = lambda: fallback_of(config, server_state, app_state, _loop)
         self.pending = b""
         self.keep_alive = True
@@ -163,7 +165,7 @@ cdef class Connection:
             call.caller_left()
         elif self.fields is not None:
             self.fields = self.body = None
-            self.lane.state.tasks.discard(self)
+            self.lane.tasks.discard(self)
 
     def pause_writing(self):
         self.write_paused = True
@@ -254,12 +256,12 @@ cdef class Connection:
             return 0
         if self.fallback is not None:
             self.fallback.rest()
-        self.lane.state.tasks.add(self)
+        self.lane.tasks.add(self)
         self.expect(0)
         self.keep_alive = self.keep_alive and not fields.close
         if size - head >= fields.length:
             self.fields = fields
-            self.start(data[head:head + fields.length])
+            self.start(PyBytes_FromStringAndSize(at + head, fields.length))
             return head + fields.length
         self.fields, self.body, self.missing = fields, [], fields.length
         self.expect(self.lane.caller_timeout_s)
@@ -299,7 +301,7 @@ cdef class Connection:
         self.call = None
         self.fields = self.body = None
         self.missing = 0
-        self.lane.state.tasks.discard(self)
+        self.lane.tasks.discard(self)
         self.lane.state.total_requests += 1
         if self.transport.is_closing():
             return 0
@@ -333,17 +335,31 @@ cdef class Connection:
 
     cdef bytes write_answer(self, Answer answer, bytes request_id):
         """Return a whole answer of ours."""
-        cdef list parts = [self.lane.first(answer.status)]
-        for name, value in answer.headers:
-            parts += name, COLON, value, CRLF
-            if name == b"connection" and value == b"close":
+        cdef bytes first = self.lane.first(answer.status)
+        cdef bytes block = answer.block
+        cdef bytes close = b""
+        cdef bytes out
+        cdef char length[20]
+        cdef char *at = put_number(length, PyBytes_GET_SIZE(answer.body))
+        cdef Py_ssize_t digits = at - length
+        if not block:
+            block = lines_of(answer.headers)
+            if (b"connection", b"close") in answer.headers:
                 self.keep_alive = False
                 self.said_close = True
-        parts += ID, request_id, b"\r\ncontent-length: %d\r\n" % len(answer.body)
         if not self.keep_alive and not self.said_close:
-            parts.append(CLOSE)
-        parts += CRLF, answer.body
-        return b"".join(parts)
+            close = CLOSE
+        out = PyBytes_FromStringAndSize(
+            NULL,
+            PyBytes_GET_SIZE(first) + PyBytes_GET_SIZE(block) + PyBytes_GET_SIZE(ID) + PyBytes_GET_SIZE(request_id)
+            + PyBytes_GET_SIZE(LENGTH) + digits + PyBytes_GET_SIZE(CRLF) + PyBytes_GET_SIZE(close)
+            + PyBytes_GET_SIZE(CRLF) + PyBytes_GET_SIZE(answer.body),
+        )
+        at = put_text(put_text(PyBytes_AS_STRING(out), first), block)
+        at = put_text(put_text(put_text(at, ID), request_id), LENGTH)
+        at = put_text(put_text(put_number(at, PyBytes_GET_SIZE(answer.body)), CRLF), close)
+        put_text(put_text(at, CRLF), answer.body)
+        return out
 
     cdef void hold(self, bytes data):
         """Keep what comes ahead of its time, but not much: who does not read does not see a caller leave."""

@@ -17,7 +17,7 @@ from tokenguard import refusal
 from tokenguard.backends import loop_runs
 from tokenguard.errors import AlreadySettled, InvalidValue, TableBusy, TokenGuardError
 from tokenguard.library.waiting import Line, Turn
-from tokenguard.limiter import Limiter, Reservation
+from tokenguard.limiter import Limiter, Refusal, Reservation
 from tokenguard.model import BucketName, Decision, Headers, Identity, checked_name
 from tokenguard.plan import Plan
 
@@ -139,13 +139,13 @@ class Desk:
 
     def _reserve(self, who: Identity, model: str, prompt: int, tokens: int) -> Reservation | Decision:
         self.check_open()
-        return self.limiter.reserve(who, model, prompt, tokens)
+        return _told(self.limiter.reserve(who, model, prompt, tokens))
 
     async def _reserve_soon(self, who: Identity, model: str, prompt: int, tokens: int) -> Reservation | Decision:
         if not self.limiter.waits:
             return self._reserve(who, model, prompt, tokens)
         self.check_open()
-        return await self.limiter.reserve_soon(who, model, prompt, tokens)
+        return _told(await self.limiter.reserve_soon(who, model, prompt, tokens))
 
     def _turn(
         self,
@@ -164,6 +164,11 @@ class Desk:
             self.line.stir(names_of(reservation.plan))
         if self.is_closed and self.limiter.waits:
             self._end()
+
+
+def _told(taken: Reservation | Refusal) -> Reservation | Decision:
+    """Return what came of reserving as callers are told of it."""
+    return taken.decision if isinstance(taken, Refusal) else taken
 
 
 def names_of(plan: Plan) -> list[BucketName]:

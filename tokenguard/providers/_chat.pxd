@@ -22,6 +22,9 @@ cdef class ChatRequest:
     cpdef bytes body_with_usage(self)
 
 
+cpdef ChatRequest scan_chat(bytes raw)
+
+
 cdef class Reader:
     cpdef bytes feed(self, bytes chunk)
     cpdef bytes rest(self)

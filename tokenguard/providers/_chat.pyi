@@ -155,3 +155,6 @@ class EventStream(Reader):
         Args:
             ended: Whether the stream has come to its end.
         """
+
+__pyx_capi__: dict[str, object]
+"""How other compiled modules find what is here."""

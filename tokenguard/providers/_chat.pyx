@@ -69,11 +69,14 @@ cdef class ChatRequest:
         )
 
 
-def scan_chat(bytes raw not None):
-    cdef const byte *start = <const byte *>PyBytes_AS_STRING(raw)
+cpdef ChatRequest scan_chat(bytes raw):
+    cdef const byte *start
     cdef Scan s
     cdef Chat c
     cdef ChatRequest request
+    if raw is None:
+        raise TypeError("a body is bytes, got None")
+    start = <const byte *>PyBytes_AS_STRING(raw)
     memset(&c, 0, sizeof(Chat))
     c.messages = -1
     c.choices = 1
