@@ -203,10 +203,14 @@ cdef Answer written(
 
 
 cdef int64_t prolonged(int64_t wait_us, double jitter) noexcept:
-    """Return a wait with its jitter: who is refused together does not come back together."""
+    """Return a wait with its jitter: who is refused together does not come back together.
+
+    NOTE: a wait that is worthwhile stays so: some clients come back at once if they are told of over a minute.
+    """
     if not JITTER_FROM_US < wait_us < NEVER:
         return wait_us
-    return min(wait_us + <int64_t>(wait_us * JITTER * jitter), NEVER - 1)
+    cdef int64_t longest = WORTHWHILE_US if wait_us <= WORTHWHILE_US else NEVER - 1
+    return min(wait_us + <int64_t>(wait_us * JITTER * jitter), longest)
 
 
 # --- what is put writes from a place on, and returns where the next goes ----------------------------------------

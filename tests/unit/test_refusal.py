@@ -125,6 +125,7 @@ def test_jitter_prolongs_a_wait_by_at_most_a_tenth(wait_us, jitter):
         assert ms == -(-wait_us // 1000)
     else:
         assert ms <= wait_us * 1.1 / 1000 + 1
+        assert (ms > 60_000) is (wait_us > 60 * S)
     assert int(headers["retry-after"]) == max(1, -(-ms // 1000))
 
 

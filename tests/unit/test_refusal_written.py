@@ -105,7 +105,8 @@ def check(refused, decision, jitter):
     """See to it that a refusal is written as plain Python makes it of its decision."""
     wait_us = decision.retry_after_us
     if S < wait_us < NEVER_US:
-        wait_us = min(wait_us + int(wait_us * 0.1 * jitter), NEVER_US - 1)
+        longest_us = 60_000_000 if wait_us <= 60_000_000 else NEVER_US - 1
+        wait_us = min(wait_us + int(wait_us * 0.1 * jitter), longest_us)
 
     answer = refuse(refused, jitter)
 
