@@ -51,11 +51,11 @@ class Listening(Metrics):
 class Desk:
     """Calls, and what heeds the provider's answers."""
 
-    def __init__(self):
+    def __init__(self, credentials=()):
         self.house = House({"user": grant(FULL)}, buckets=256)
         self.told = []
         self.metrics = Listening(self.house.backend, self.told)
-        source = ProviderSource(ProviderAccount("http://127.0.0.1:1/v1", []), 1.0)
+        source = ProviderSource(ProviderAccount("http://127.0.0.1:1/v1", list(credentials)), 1.0)
         self.limits = ProviderLimits(
             self.house.backend, self.house.budgets, source, self.metrics.provider_told, 3600.0
         )
@@ -189,6 +189,18 @@ def test_refusal_closes_the_gate_of_its_model(desk):
     assert desk.limits.shown()["heldBack"] == [M]
     call.over()
     assert desk.told == ["missing", "refused-wait"]
+
+
+def test_log_tells_no_secret_that_a_refusal_repeats(caplog):
+    """Not even the part of it that is left where the text is cut."""
+    key = "sk-0123456789abcdef"
+    desk = Desk([(b"authorization", f"Bearer {key}".encode())])
+    for text in (f"{key} is short", f"{'a' * 190} {key}"):
+        desk.answered(429, body=body_of(text), model=f"m{len(text)}")
+    desk.close()
+
+    assert len(caplog.messages) == 2
+    assert not any("sk-0" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("ends", ["over", "left", "failed"])

@@ -166,7 +166,8 @@ class ProviderLimits:
         if kind is Kind.PAY:
             self._alarms.sound(refusal.code, time.time())
         elif kind is Kind.WAIT:
-            why = self._source.plain(error_text(body)[:MAX_WHY]) or refusal.code or "429"
+            said = error_text(self._source.plain(body.decode(errors="replace")).encode())[:MAX_WHY]
+            why = said or refusal.code or "429"
             return self._gates.close(model, refusal.wait_s, why, time.perf_counter())
         return None
 
