@@ -12,6 +12,7 @@ COMPILED = {
     "tokenguard/upstream/_pool.pyx": [],
     "tokenguard/lane/_lane.pyx": [],
     "tokenguard/account.py": [],
+    "tokenguard/api/asgi_call.py": [],
     "tokenguard/api/call.py": [],
     "tokenguard/estimate.py": [],
     "tokenguard/exchange.py": [],
