@@ -11,6 +11,7 @@ COMPILED = {
     "tokenguard/upstream/_http.pyx": [],
     "tokenguard/upstream/_pool.pyx": [],
     "tokenguard/lane/_lane.pyx": [],
+    "tokenguard/lane/behind.py": [],
     "tokenguard/account.py": [],
     "tokenguard/api/asgi_call.py": [],
     "tokenguard/api/call.py": [],

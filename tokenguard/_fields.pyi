@@ -11,3 +11,6 @@ class Fields:
 
     def as_list(self) -> list[tuple[bytes, bytes]]:
         """Return the fields as (name, value), names in lower case."""
+
+def lines_of(headers: list[tuple[bytes, bytes]]) -> bytes:
+    """Return a list of fields as lines, each with its CRLF."""

@@ -17,13 +17,14 @@ from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from tokenguard import refusal
 from tokenguard._fields import MAX_FIELDS
 from tokenguard._version import __version__
 from tokenguard.errors import InvalidSetting
 from tokenguard.lane._lane import KEEPALIVE_S, Connection, Lane
+from tokenguard.lane.behind import FieldsIn, Sender
 from tokenguard.model import Answer
 
 GARBAGE = 20_000
@@ -195,12 +196,12 @@ class Protocol(HttpToolsProtocol):
     """uvicorn's, with bounds on a head, and with refusals in the provider's shape and in their turn."""
 
     def __init__(self, *args: Any, caller_timeout_s: float, **kwargs: Any) -> None:  # noqa: ANN401 - as uvicorn passes them
+        self._fields = FieldsIn(MAX_HEAD_BYTES, _refuse_head)
+        self.on_header = self._fields.on_header  # type: ignore[method-assign]  # PERF: benchmarks/gateway, falcon
         super().__init__(*args, **kwargs)
         self._caller_timeout_s = caller_timeout_s
         self._head_timer: asyncio.TimerHandle | None = None
         self._reading = False
-        self._heading = False
-        self._head_bytes = 0
         self._untold_bytes = 0
         self._running: RequestResponseCycle | None = None
         self._deaf = False
@@ -234,26 +235,17 @@ class Protocol(HttpToolsProtocol):
         self._expect_something()
 
     def on_message_begin(self) -> None:
-        """Expect the rest of the head."""
+        """Take in a head; the rest of it is expected if it does not come at once."""
         super().on_message_begin()
-        self._reading = self._heading = True
-        self._head_bytes = self._untold_bytes = 0
+        self._fields.begin(self.headers)
+        self._reading = True
+        self._untold_bytes = 0
         self._forget_head()
-        self._expect_head()
 
     def on_url(self, url: bytes) -> None:
         """Take in a piece of the target."""
-        self._count(len(url))
+        self._fields.count(len(url))
         super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take in a field; one that comes behind the body does not say who calls."""
-        self._count(len(name) + len(value) + len(": \r\n"))
-        if not self._heading:
-            return
-        if len(self.headers) == MAX_FIELDS:
-            raise Unreadable(_too_large())
-        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
@@ -261,8 +253,9 @@ class Protocol(HttpToolsProtocol):
             raise Unreadable(_invalid("Invalid HTTP request received."))
         self._untold_bytes = 0
         self._forget_head()
+        self.expect_100_continue = self._fields.expects
         super().on_headers_complete()
-        self._heading = False
+        self._fields.open = False
         self.flow.held = len(self.pipeline) >= MOST_WAITING
 
     def on_body(self, body: bytes) -> None:
@@ -279,7 +272,11 @@ class Protocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401 - likewise
         """Begin to answer a request."""
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        if cycle.scope["method"] == "HEAD":
+            super()._start_asgi_task(cycle, app)
+        else:
+            send = Sender(cycle, STATUS_LINE).send
+            super()._start_asgi_task(cycle, lambda scope, receive, _: app(scope, receive, send))
 
     def on_response_complete(self) -> None:
         """Go on to the next request, or to what was none."""
@@ -308,8 +305,10 @@ class Protocol(HttpToolsProtocol):
         self._forget_head()
 
     def _expect_something(self) -> None:
-        """Wait for no caller for ever: not behind a blank line, and not for the rest of what has its answer."""
-        if not self._answering and self._head_timer is None and self.timeout_keep_alive_task is None:
+        """Wait for no caller for ever: not within a head, nor behind a blank line, nor for what has its answer."""
+        heading = self._heading and not self._deaf
+        between = not self._answering and self.timeout_keep_alive_task is None
+        if self._head_timer is None and (heading or between):
             self._expect_head()
 
     def _expect_head(self) -> None:
@@ -320,10 +319,9 @@ class Protocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _count(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise Unreadable(_too_large())
+    @property
+    def _heading(self) -> bool:
+        return self._fields.open
 
     def _unsupported_upgrade_warning(self) -> None:
         """Answer as if no upgrade were asked for, and close: the parser has skipped a body, of unknown length."""
@@ -356,6 +354,10 @@ class Protocol(HttpToolsProtocol):
         head += [b": ".join(field) for field in answer.headers]
         self.transport.write(b"\r\n".join(head) + b"\r\n\r\n" + answer.body)
         self.transport.close()
+
+
+def _refuse_head() -> None:
+    raise Unreadable(_too_large())
 
 
 def _invalid(message: str) -> Answer:
