@@ -275,7 +275,7 @@ class Protocol(HttpToolsProtocol):
         if cycle.scope["method"] == "HEAD":
             super()._start_asgi_task(cycle, app)
         else:
-            send = Sender(cycle, STATUS_LINE).send
+            send = Sender(cycle, STATUS_LINE, self.loop).send
             super()._start_asgi_task(cycle, lambda scope, receive, _: app(scope, receive, send))
 
     def on_response_complete(self) -> None:

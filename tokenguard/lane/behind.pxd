@@ -31,6 +31,12 @@ cdef class HeadOut:
 cdef class Sender:
     cdef object _cycle
     cdef dict _statuses
+    cdef object _loop
+    cdef object _transport
+    cdef bytes _head
 
     @cython.locals(lines=list)
     cdef _begin(self, int status, HeadOut head)
+    cpdef flush(self)
+    @cython.locals(head=bytes)
+    cpdef write(self, data)
