@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -166,15 +165,7 @@ class Server(uvicorn.Server):
 
 
 class Unreadable(Exception):
-    """What comes is not read on.
-
-    Attributes:
-        answer: Says why.
-    """
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__()
-        self.answer = answer
+    """What comes is not read on."""
 
 
 class Flow(FlowControl):
@@ -196,7 +187,7 @@ class Protocol(HttpToolsProtocol):
     """uvicorn's, with bounds on a head, and with refusals in the provider's shape and in their turn."""
 
     def __init__(self, *args: Any, caller_timeout_s: float, **kwargs: Any) -> None:  # noqa: ANN401 - as uvicorn passes them
-        self._fields = FieldsIn(MAX_HEAD_BYTES, _refuse_head)
+        self._fields = FieldsIn(MAX_HEAD_BYTES, self._refuse_head)
         self.on_header = self._fields.on_header  # type: ignore[method-assign]  # PERF: benchmarks/gateway, falcon
         super().__init__(*args, **kwargs)
         self._caller_timeout_s = caller_timeout_s
@@ -206,6 +197,7 @@ class Protocol(HttpToolsProtocol):
         self._running: RequestResponseCycle | None = None
         self._deaf = False
         self._broke_off = False
+        self._why: Answer | None = None
         self._last: Answer | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -250,7 +242,7 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is whole."""
         if self.parser.get_http_version() not in ("1.0", "1.1"):  # Falcon takes others for errors of ours
-            raise Unreadable(_invalid("Invalid HTTP request received."))
+            raise Unreadable
         self._untold_bytes = 0
         self._forget_head()
         self.expect_100_continue = self._fields.expects
@@ -323,6 +315,10 @@ class Protocol(HttpToolsProtocol):
     def _heading(self) -> bool:
         return self._fields.open
 
+    def _refuse_head(self) -> None:
+        self._why = _too_large()
+        raise Unreadable
+
     def _unsupported_upgrade_warning(self) -> None:
         """Answer as if no upgrade were asked for, and close: the parser has skipped a body, of unknown length."""
         self._deaf = True
@@ -330,9 +326,7 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, or more of it than is read, and close."""
-        error = sys.exception()
-        why = error and error.__context__  # the parser's error came of ours
-        self._end_with(why.answer if isinstance(why, Unreadable) else _invalid(msg))
+        self._end_with(self._why or _invalid(msg))
 
     def _end_with(self, answer: Answer) -> None:
         """Close with an answer, once the requests before it have theirs."""
@@ -354,10 +348,6 @@ class Protocol(HttpToolsProtocol):
         head += [b": ".join(field) for field in answer.headers]
         self.transport.write(b"\r\n".join(head) + b"\r\n\r\n" + answer.body)
         self.transport.close()
-
-
-def _refuse_head() -> None:
-    raise Unreadable(_too_large())
 
 
 def _invalid(message: str) -> Answer:
