@@ -43,7 +43,7 @@ cdef uint8_t VISIBLE[256]
 cdef int known(bytes name)
 cdef bytes name_of(Line *line)
 cdef Fields fields_of(headers)
-cdef bytes lines_of(list headers)
+cpdef bytes lines_of(list headers)
 cpdef list list_of(bytes lines)
 cdef bint begins(Line *line, const char *text, int size) noexcept
 cdef bint is_text(Line *line, const char *text, int size) noexcept

@@ -12,5 +12,8 @@ class Fields:
     def as_list(self) -> list[tuple[bytes, bytes]]:
         """Return the fields as (name, value), names in lower case."""
 
+def lines_of(headers: list[tuple[bytes, bytes]]) -> bytes:
+    """Return a list of fields as lines, each with its CRLF."""
+
 def list_of(lines: bytes) -> list[tuple[bytes, bytes]]:
     """Return lines of ours, each with its CRLF, as (name, value)."""

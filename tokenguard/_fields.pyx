@@ -261,9 +261,12 @@ cdef Fields fields_of(headers):
     return fields
 
 
-cdef bytes lines_of(list headers):
+cpdef bytes lines_of(list headers):
     """Return a list of fields as lines."""
-    return b"".join([b"%b: %b\r\n" % field for field in headers])
+    cdef list parts = []
+    for name, value in headers:
+        parts += name, b": ", value, b"\r\n"
+    return b"".join(parts)
 
 
 cpdef list list_of(bytes lines):

@@ -8,6 +8,7 @@ from typing import Any
 import falcon.asgi
 
 from tokenguard import logs
+from tokenguard.api.asgi_call import Chat
 from tokenguard.api.proxy import ChatCompletions, GuardedApp, GuardedRequest, Models
 from tokenguard.api.wire import over_asgi
 from tokenguard.backends import Backend
@@ -36,9 +37,10 @@ def create_app(
     house = House(Engine(config, backend))
     upstream = upstream or upstream_of(config)
     app: falcon.asgi.App[Any, Any] = falcon.asgi.App(request_type=GuardedRequest)
-    furnish(house, app, over_asgi, ChatCompletions(house.guard, upstream), Models(upstream, house.terms))
+    chat = Chat(house.guard, upstream)
+    furnish(house, app, over_asgi, ChatCompletions(chat), Models(upstream, house.terms))
     app.add_middleware(Lifespan(upstream, house))
-    return GuardedApp(app, house.guard)
+    return GuardedApp(app, chat)
 
 
 class Lifespan:

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,13 +16,14 @@ from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from tokenguard import refusal
 from tokenguard._fields import MAX_FIELDS
 from tokenguard._version import __version__
 from tokenguard.errors import InvalidSetting
 from tokenguard.lane._lane import KEEPALIVE_S, Connection, Lane
+from tokenguard.lane.behind import FieldsIn, Sender
 from tokenguard.model import Answer
 
 GARBAGE = 20_000
@@ -165,15 +165,7 @@ class Server(uvicorn.Server):
 
 
 class Unreadable(Exception):
-    """What comes is not read on.
-
-    Attributes:
-        answer: Says why.
-    """
-
-    def __init__(self, answer: Answer) -> None:
-        super().__init__()
-        self.answer = answer
+    """What comes is not read on."""
 
 
 class Flow(FlowControl):
@@ -195,16 +187,17 @@ class Protocol(HttpToolsProtocol):
     """uvicorn's, with bounds on a head, and with refusals in the provider's shape and in their turn."""
 
     def __init__(self, *args: Any, caller_timeout_s: float, **kwargs: Any) -> None:  # noqa: ANN401 - as uvicorn passes them
+        self._fields = FieldsIn(MAX_HEAD_BYTES, self._refuse_head)
+        self.on_header = self._fields.on_header  # type: ignore[method-assign]  # PERF: benchmarks/gateway, falcon
         super().__init__(*args, **kwargs)
         self._caller_timeout_s = caller_timeout_s
         self._head_timer: asyncio.TimerHandle | None = None
         self._reading = False
-        self._heading = False
-        self._head_bytes = 0
         self._untold_bytes = 0
         self._running: RequestResponseCycle | None = None
         self._deaf = False
         self._broke_off = False
+        self._why: Answer | None = None
         self._last: Answer | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -234,35 +227,27 @@ class Protocol(HttpToolsProtocol):
         self._expect_something()
 
     def on_message_begin(self) -> None:
-        """Expect the rest of the head."""
+        """Take in a head; the rest of it is expected if it does not come at once."""
         super().on_message_begin()
-        self._reading = self._heading = True
-        self._head_bytes = self._untold_bytes = 0
+        self._fields.begin(self.headers)
+        self._reading = True
+        self._untold_bytes = 0
         self._forget_head()
-        self._expect_head()
 
     def on_url(self, url: bytes) -> None:
         """Take in a piece of the target."""
-        self._count(len(url))
+        self._fields.count(len(url))
         super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take in a field; one that comes behind the body does not say who calls."""
-        self._count(len(name) + len(value) + len(": \r\n"))
-        if not self._heading:
-            return
-        if len(self.headers) == MAX_FIELDS:
-            raise Unreadable(_too_large())
-        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
         if self.parser.get_http_version() not in ("1.0", "1.1"):  # Falcon takes others for errors of ours
-            raise Unreadable(_invalid("Invalid HTTP request received."))
+            raise Unreadable
         self._untold_bytes = 0
         self._forget_head()
+        self.expect_100_continue = self._fields.expects
         super().on_headers_complete()
-        self._heading = False
+        self._fields.open = False
         self.flow.held = len(self.pipeline) >= MOST_WAITING
 
     def on_body(self, body: bytes) -> None:
@@ -279,7 +264,11 @@ class Protocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:  # noqa: ANN401 - likewise
         """Begin to answer a request."""
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        if cycle.scope["method"] == "HEAD":
+            super()._start_asgi_task(cycle, app)
+        else:
+            send = Sender(cycle, STATUS_LINE, self.loop).send
+            super()._start_asgi_task(cycle, lambda scope, receive, _: app(scope, receive, send))
 
     def on_response_complete(self) -> None:
         """Go on to the next request, or to what was none."""
@@ -308,8 +297,10 @@ class Protocol(HttpToolsProtocol):
         self._forget_head()
 
     def _expect_something(self) -> None:
-        """Wait for no caller for ever: not behind a blank line, and not for the rest of what has its answer."""
-        if not self._answering and self._head_timer is None and self.timeout_keep_alive_task is None:
+        """Wait for no caller for ever: not within a head, nor behind a blank line, nor for what has its answer."""
+        heading = self._heading and not self._deaf
+        between = not self._answering and self.timeout_keep_alive_task is None
+        if self._head_timer is None and (heading or between):
             self._expect_head()
 
     def _expect_head(self) -> None:
@@ -320,10 +311,13 @@ class Protocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def _count(self, size: int) -> None:
-        self._head_bytes += size
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise Unreadable(_too_large())
+    @property
+    def _heading(self) -> bool:
+        return self._fields.open
+
+    def _refuse_head(self) -> None:
+        self._why = _too_large()
+        raise Unreadable
 
     def _unsupported_upgrade_warning(self) -> None:
         """Answer as if no upgrade were asked for, and close: the parser has skipped a body, of unknown length."""
@@ -332,9 +326,7 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, or more of it than is read, and close."""
-        error = sys.exception()
-        why = error and error.__context__  # the parser's error came of ours
-        self._end_with(why.answer if isinstance(why, Unreadable) else _invalid(msg))
+        self._end_with(self._why or _invalid(msg))
 
     def _end_with(self, answer: Answer) -> None:
         """Close with an answer, once the requests before it have theirs."""

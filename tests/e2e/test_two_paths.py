@@ -240,6 +240,9 @@ REQUESTS = {
     "many fields": lambda user: chat(user, *(b"x-%d: 1" % i for i in range(250))),
     "as many fields as may be": lambda user: chat(user, *(b"x-%d: 1" % i for i in range(253))),
     "a field too many": lambda user: chat(user, *(b"x-%d: 1" % i for i in range(254))),
+    "a field too many behind a broken answer": lambda user: (
+        chat(user, b"x-says: no HTTP") + chat(user, *(b"x-%d: 1" % i for i in range(254)))
+    ),
     "a bomb of fields": lambda user: chat(user, *(b"a: 1" for _ in range(9000))),
     "a long target": lambda user: chat(user, line=b"POST /%b HTTP/1.1" % (b"a" * 70_000)),
     "no length": lambda user: chat(user, length=False),
