@@ -4,7 +4,7 @@ import openai
 import pytest
 
 from tests.e2e.conftest import running
-from tests.e2e.guarding import LONG_S, ask, health, nothing_told, other_models, refused_by_us
+from tests.e2e.guarding import LONG_S, ask, health, learned, nothing_told, other_models, refused_by_us
 from tests.e2e.limited_openai import (
     QUOTA,
     QUOTA_CODES,
@@ -142,6 +142,7 @@ def test_azure_saying_retry_to_what_can_never_pass_touches_nobody_else(guard, pr
     provider.azure = True
     provider.limits[model] = Limits(tokens=Limit(20_000))
     assert ask(guard, model, max_tokens=100).status_code == 200
+    learned(guard, model, ("tokens", "headers"))
     for number in range(2):
         assert refused_by_us(ask(guard, model, f"greedy-{number}", max_tokens=cap)) is is_ours
         assert ask(guard, model, f"user-{number}", max_tokens=100).status_code == 200
