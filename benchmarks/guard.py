@@ -26,7 +26,7 @@ LEADS = (
     Lead("RedisBackend reserve, 64 callers", "redis-py: plain.lua, 64 callers", 2),
     # Less than 1: a lone reserve may take 2.5 times as long as a script that does nothing.
     Lead("RedisBackend reserve, one caller", "baseline: redis-py, a script that does nothing, one caller", 0.4),
-    # Less than 1: a call on a table that others map too takes as long, but all of a row's second may be a neighbour's.
+    # Less than 1: a call on a table that others map too takes as long, if no neighbour has a row's second.
     Lead("reserve + settle, a file in memory", "baseline: reserve + settle, memory of its own", 1 / 2),
     # Less than 1: a block of the library may take 6 times as long as what it does inside, an async one 8 times.
     Lead(
