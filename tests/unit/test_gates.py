@@ -4,7 +4,7 @@ import heapq
 from itertools import count
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.house import MODEL, NOW_US, House, S
@@ -80,6 +80,7 @@ waits = st.integers(1, 60_000).map(lambda ms: ms / 1000)
 
 @properties
 @given(waits, st.integers(0, 500))
+@example(2.015, 0)
 def test_gate_is_closed_for_the_wait_to_the_millisecond(wait_s, calls_per_s):
     """One millisecond before nobody passes; at it, or within one more, one call does."""
     process = Process(calls_per_s=calls_per_s)

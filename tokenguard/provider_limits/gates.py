@@ -248,6 +248,6 @@ def _is_closed_for(before: _Closed, wait_s: float | None, now_s: float) -> bool:
 def _closing(model: str, wait_s: float, pace: float) -> tuple[Budget, int]:
     """Return the budget of a gate that lets so many calls a second pass, and the level that makes it wait."""
     refill = math.ceil(pace * GATE_COST)
-    below = math.ceil(wait_s * refill)
+    below = -(-round(wait_s * 1_000_000) * refill // 1_000_000)  # whole µs, for seconds in binary are a bit off
     scale = arithmetic.scale(max(GATE_COST, refill), Fraction(refill), below)
     return Budget(gate_of(model), scale), GATE_COST - below
