@@ -33,6 +33,6 @@ cdef class Drift:
     cpdef Charge charge(self, long long level, long long cost, long long moved)
     cpdef expect(self, Charge charge, long long least)
     @cython.locals(heard=Charge, full=bint)
-    cpdef told(self, long long remaining, Charge charge, bint in_windows)
+    cpdef bint told(self, long long remaining, Charge charge, bint in_windows) except -1
     @cython.locals(before=Charge, surplus="long long", near="long long", fits=bint)
     cdef _compare(self, Charge charge, bint full)

@@ -82,8 +82,12 @@ class Drift:
         self._surplus += max(0, charge.cost - least)
         charge.surplus = self._surplus
 
-    def told(self, remaining: int, charge: Charge, in_windows: bool) -> None:
-        """Take in what remained when the provider counted a call; see ``Headroom.told``."""
+    def told(self, remaining: int, charge: Charge, in_windows: bool) -> bool:
+        """Take in what remained when the provider counted a call; see ``Headroom.told``.
+
+        Returns:
+            Whether it is news: what is told of a call after which another was heard of is of the past.
+        """
         self.in_windows = in_windows
         charge.above = remaining - charge.level + charge.moved
         heard = self._heard
@@ -91,12 +95,13 @@ class Drift:
         if self._shown < _BELIEVED:
             self._compare(charge, full)
         if heard is not None and charge.turn < heard.turn:
-            return
+            return False
         if heard is not None and self._full_at <= heard.turn and not full:
             self.missed += heard.above - charge.above
             if self._shown >= _BELIEVED:
                 self.missed += charge.surplus - heard.surplus
         self._heard = charge
+        return True
 
     def _compare(self, charge: Charge, full: bool) -> None:
         """Look at whether the provider counts the least: once that is believed, it is for good."""

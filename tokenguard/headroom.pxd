@@ -15,7 +15,6 @@ cdef class Headroom:
     cdef readonly bint is_slow
     cdef readonly Drift drift
     cdef long long _room
-    cdef long long _heard
 
     cpdef void hold(self, long long limit, long long kept, bint is_slow=*) noexcept
     cpdef Charge charge(self, long long level, long long cost)

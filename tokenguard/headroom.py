@@ -49,7 +49,6 @@ class Headroom:
         self.is_slow = False
         self.drift = Drift()
         self._room = 0
-        self._heard = 0
 
     def hold(self, limit: int, kept: int, is_slow: bool = False) -> None:
         """Take in what the bucket holds, how much of it is kept in hand, and whether it is slow."""
@@ -69,10 +68,8 @@ class Headroom:
             charge: What it was charged in ours.
             in_windows: Whether the provider seems to count in windows.
         """
-        self.drift.told(remaining, charge, in_windows)
-        if charge.turn < self._heard:
+        if not self.drift.told(remaining, charge, in_windows):
             return 0
-        self._heard = charge.turn
         room = charge.above - self.moved
         fewer = 0
         if room < 0:
