@@ -52,6 +52,12 @@ class Line:
         """Return the head of the next request."""
         return await self._reader.readuntil(b"\r\n\r\n")
 
+    async def some(self, most):
+        """Return some bytes of a body; raise IncompleteReadError at its end."""
+        if got := await self._reader.read(most):
+            return got
+        raise asyncio.IncompleteReadError(b"", None)
+
     async def gone(self):
         """Wait until the other side has closed it."""
         with suppress(ConnectionError):
@@ -102,14 +108,18 @@ class Provider:
         port: Where it listens.
     """
 
-    def __init__(self, script=polite, tls=None, host="127.0.0.1"):
-        self.script, self._tls, self._host = script, tls, host
+    def __init__(self, script=polite, tls=None, host="127.0.0.1", room=None):
+        """Let the kernel keep no more than ``room`` bytes of what was not read yet, where that is given."""
+        self.script, self._tls, self._host, self._room = script, tls, host, room
         self.lines = []
         self._tasks = set()
 
     async def __aenter__(self):
         self._server = await asyncio.start_server(self._serve, self._host, 0, ssl=self._tls)
-        self.port = self._server.sockets[0].getsockname()[1]
+        listening = self._server.sockets[0]
+        if self._room is not None:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._room)
+        self.port = listening.getsockname()[1]
         return self
 
     async def __aexit__(self, *error):

@@ -39,6 +39,7 @@ cdef class Connection:
     cdef double idle_since
     cdef Py_ssize_t unsent
     cdef int carry(self, Receiver receiver, bint reused) except -1
+    cdef Py_ssize_t outstanding(self) except -1
     cdef bint written(self)
     cdef bint healthy(self)
     cdef int finish(self, bint told, bytes piece) except -1

@@ -32,6 +32,23 @@ cdef extern from "sys/socket.h" nogil:
         MSG_DONTWAIT
     Py_ssize_t recv(int, void *, size_t, int)
 
+cdef extern from *:
+    """
+    #include <sys/ioctl.h>
+
+    /* Bytes that the kernel has of what was written and the other side has not; 0 where it does not tell. */
+    static int kernel_unsent(int fd)
+    {
+    #ifdef TIOCOUTQ
+        int unsent;
+        if (ioctl(fd, TIOCOUTQ, &unsent) == 0)
+            return unsent;
+    #endif
+        return 0;
+    }
+    """
+    int kernel_unsent(int) noexcept nogil
+
 LOOK_AFTER_S = 1.0
 MAX_HELD_BYTES = 65_536
 
@@ -101,6 +118,12 @@ cdef class Connection:
         self.long = PyBytes_GET_SIZE(receiver.message) > LONG_BYTES
         self.transport.write(receiver.message)
         return 0
+
+    cdef Py_ssize_t outstanding(self) except -1:
+        """Return how many bytes of what was written the provider's side has not yet."""
+        # the loop hears of room only once a third of the kernel's buffer, a megabyte and more, is free again
+        cdef Py_ssize_t unsent = self.transport.get_write_buffer_size()
+        return unsent if self.transport.is_closing() else unsent + kernel_unsent(self.fd)
 
     cdef bint written(self):
         """Return whether all of the request has left; one that is not long has, if it is answered."""
@@ -370,7 +393,7 @@ cdef class Pool:
         cdef double now = self.now()
         cdef Py_ssize_t unsent
         for connection in list(self.connections):
-            unsent = connection.transport.get_write_buffer_size()
+            unsent = connection.outstanding()
             if unsent < connection.unsent:
                 connection.deadline = now + self.read_timeout_s  # it still takes in the request
             connection.unsent = unsent
