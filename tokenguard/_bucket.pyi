@@ -342,10 +342,14 @@ class BucketTable:
     def rows(self) -> list[tuple[int, int]]:
         """Return whose the rows are: process id and when it began, 0 and 0 for nobody's."""
 
+    @property
+    def held_row(self) -> int:
+        """The row that this process counts in."""
+
     def hold_row(self, row: int, pid: int, began: int, names: Iterable[bytes] = ()) -> None:
         """Count in a row, and go on from what it holds. Whoever does must hold the lock of changes.
 
-        Until then a process counts in row 0.
+        Until then a process counts in row 0. Of a table that is mapped twice, each mapping counts in its own.
 
         Args:
             row: 0 to 127.

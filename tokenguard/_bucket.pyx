@@ -606,6 +606,10 @@ cdef class BucketTable:
     def rows(self):
         return [(self.table.rows[row].pid, self.table.rows[row].began) for row in range(ROWS)]
 
+    @property
+    def held_row(self):
+        return self.row - self.table.rows
+
     def hold_row(self, int row, uint64_t pid, uint64_t began, names=()):
         cdef Row *at
         if not 0 <= row < ROWS:

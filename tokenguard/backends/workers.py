@@ -76,9 +76,8 @@ def living(table: BucketTable) -> dict[int, int]:
 def state(table: BucketTable, name: bytes, number: int) -> None:
     """Have a tally tell a number for this process, whatever the one before it in its row had counted."""
     tally = table.tally(name)
-    row = next((row for row, (pid, _) in enumerate(table.rows()) if pid == os.getpid()), 0)
     if (rows := table.tallies().get(name)) is not None:
-        tally.add(number - rows[row])
+        tally.add(number - rows[table.held_row])
 
 
 def counted(table: BucketTable) -> dict[bytes, int]:

@@ -23,10 +23,11 @@ from tokenguard.budgets import Budgets, BudgetState
 from tokenguard.errors import InvalidValue, ProviderError, TokenGuardError
 from tokenguard.headroom import Pace
 from tokenguard.model import BucketName, Meter, Source, checked_name
-from tokenguard.provider_limits.alarms import Alarms, Others
+from tokenguard.provider_limits.alarms import Alarms
 from tokenguard.provider_limits.background import Background
 from tokenguard.provider_limits.gates import Gates
 from tokenguard.provider_limits.learned import Change, Learned, limits_of
+from tokenguard.provider_limits.others import Others
 from tokenguard.provider_limits.seldom import Seldom
 from tokenguard.provider_limits.source import ProviderSource
 from tokenguard.providers.limits import Kind, error_text, read_refusal
@@ -299,7 +300,7 @@ class ProviderLimits:
         self._alarms.look(time.time())
 
     def _look_at_others(self) -> dict[Meter, dict[str, int]]:
-        return self._others.look(self._budgets.followed(), self._processes(), time.perf_counter())
+        return self._others.look(self._budgets.followed(), time.perf_counter())
 
     # --- what is told of all that -----------------------------------------------------------------------------
 

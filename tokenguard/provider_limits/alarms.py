@@ -1,39 +1,20 @@
-"""What the operator has to be told of the provider: that it wants to be paid, and that somebody else spends."""
+"""What the operator has to see to: that the provider wants to be paid."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable
 
 from tokenguard._bucket import BucketTable
 from tokenguard.backends.workers import state
-from tokenguard.headroom import Headroom
-from tokenguard.model import BucketName, Budget, Meter
 from tokenguard.provider_limits.forked import ForkedLock
-from tokenguard.provider_limits.learned import per_minute, window_of
 from tokenguard.provider_limits.seldom import Seldom
-from tokenguard.providers.limits import MINUTE_S, QUOTA_CODES
+from tokenguard.providers.limits import QUOTA_CODES
 
 STALE_S = 300
 """An alarm that nothing confirms ends by itself after so long."""
 
 LINES = 3
 """So often the log tells in a minute that an alarm begins, and that it ends."""
-
-OTHERS = {
-    Meter.TOKENS: b"provider_others_tokens_per_minute",
-    Meter.REQUESTS: b"provider_others_requests_per_minute",
-}
-"""The tallies of each process's part in what others spend."""
-
-NOTABLE = {Meter.TOKENS: 1000, Meter.REQUESTS: 10}
-NOTABLE_PART = 0.1
-"""What others spend is told of if it is so much at least, and such a part of the limit."""
-LASTING_S = 30.0
-"""How long that must have been so; twice as long where calls of several processes overtake each other."""
-AVERAGED_S = 60.0, 600.0
-"""Over what time it is averaged: of a limit for a minute, and for a day."""
 
 _CLEARED = b"provider_alarm_cleared"
 """The tally of when a call was answered while an alarm stood."""
@@ -125,90 +106,3 @@ class Alarms:
 
 def _name(code: str) -> bytes:
     return b"provider_alarm\x1f" + code.encode()
-
-
-class Others:
-    """Somebody else spends what the key is granted: the provider counts more than what went through here.
-
-    How much is a lower bound: what calls here were charged beyond what the provider counted hides as much of it,
-    and what flows into a full bucket is lost unseen. Who counts in windows looks like somebody who spends.
-
-    Args:
-        table: The node's table.
-    """
-
-    def __init__(self, table: BucketTable) -> None:
-        self._tallies = {meter: table.tally(name) for meter, name in OTHERS.items()}
-        self._parts = dict.fromkeys(OTHERS, 0)
-        self._found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
-        self._lock = ForkedLock()
-        self._spending: dict[BucketName, _Spending] = {}
-
-    def look(
-        self, followed: Iterable[tuple[Budget, Headroom]], processes: int, now_s: float
-    ) -> dict[Meter, dict[str, int]]:
-        """Return of which models others spend a notable amount, and about how much per minute.
-
-        Args:
-            followed: The provider's limits, and what is known of its counts.
-            processes: How many share what they find out.
-            now_s: The time, by a clock that is never set.
-        """
-        found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
-        with self._lock:
-            before, self._spending = self._spending, {}
-            for budget, room in followed:
-                if not room.known or room.drift.in_windows:
-                    continue
-                name = budget.name
-                spending = self._spending[name] = before.get(name) or _Spending(budget, room.drift.missed, now_s)
-                rate = spending.add(room.drift.missed, now_s)
-                if spending.is_told(budget, rate, now_s, LASTING_S if processes == 1 else 2 * LASTING_S):
-                    found[name.meter][name.model or ""] = round(rate * processes)
-            for meter, rates in found.items():
-                for model in rates.keys() - self._found[meter].keys():
-                    _log.warning(
-                        "somebody else uses the provider's key: of %s about %d %s per minute are spent beside "
-                        "what goes through here",
-                        model,
-                        rates[model],
-                        meter,
-                    )
-                part = round(sum(rates.values()) / processes)
-                self._tallies[meter].add(part - self._parts[meter])
-                self._parts[meter] = part
-            self._found = found
-        return found
-
-
-class _Spending:
-    """What others spend of one limit, averaged so that what is long past counts less and less."""
-
-    def __init__(self, budget: Budget, missed: int, now_s: float) -> None:
-        self._averaged_s = AVERAGED_S[window_of(budget) > MINUTE_S]
-        self._missed = missed
-        self._began_s = self._at_s = now_s
-        self._in_all = 0.0
-        self._notable_s: float | None = None
-        self._told = False
-
-    def add(self, missed: int, now_s: float) -> float:
-        """Take in what the provider has counted beyond our charges; return the rate per minute.
-
-        What began just now counts as if it had always been so.
-        """
-        fading = math.exp(-(now_s - self._at_s) / self._averaged_s)
-        self._in_all = self._in_all * fading + (missed - self._missed) * math.sqrt(fading)  # since half the time
-        self._missed, self._at_s = missed, now_s
-        seen_s = self._averaged_s * -math.expm1(-(now_s - self._began_s) / self._averaged_s)
-        return self._in_all * 60 / max(seen_s, 1.0)
-
-    def is_told(self, budget: Budget, rate: float, now_s: float, lasting_s: float) -> bool:
-        """Return whether it is worth telling: what is notable has to last, for calls overtake each other."""
-        notable = NOTABLE_PART * per_minute(budget)
-        if rate < (notable / 2 if self._told else notable) or self._in_all < NOTABLE[budget.name.meter]:
-            self._notable_s, self._told = None, False
-        elif self._notable_s is None:
-            self._notable_s = now_s
-        self._told = self._told or (self._notable_s is not None and now_s - self._notable_s >= lasting_s)
-        return self._told
