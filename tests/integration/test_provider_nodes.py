@@ -7,6 +7,7 @@ import pytest
 from tests.house import MODEL, grant, named
 from tests.mirror import learned
 from tests.nodes import HastyNode, Node
+from tests.watched import Watched, spends, spends_of
 from tokenguard.errors import BackendDown
 from tokenguard.headroom import Pace
 from tokenguard.limiter import Reservation
@@ -14,6 +15,7 @@ from tokenguard.model import Decision, Identity, Meter, Source
 from tokenguard.provider_limits.background import Background
 from tokenguard.provider_limits.gates import Gates, gate_of
 from tokenguard.provider_limits.learned import Learned, Reading
+from tokenguard.provider_limits.others import SHARED, Others
 
 NOW_S = 1_790_000_000.0
 
@@ -180,3 +182,61 @@ def test_nobody_may_while_redis_is_away(redis):
 
         with pytest.raises(BackendDown):
             node.backend.claim("it", 60, NOW_S)
+
+
+# --- what nodes tell each other -----------------------------------------------------------------------------
+
+
+def test_nodes_know_what_the_others_say(pair):
+    """What a node says holds in place of what it said before, and nobody hears himself."""
+    a, b = pair
+    assert a.backend.share("it", "one", 60) == []
+    assert b.backend.share("it", "two words", 60) == ["one"]
+    assert b.backend.share("that", "", 60) == []
+    assert a.backend.share("it", "three", 60) == ["two words"]
+    assert b.backend.share("it", "", 60) == ["three"]
+    assert a.backend.share("it", "", 60) == []
+
+
+def test_what_a_node_says_ends_with_its_time(pair):
+    """It may be no more."""
+    a, b = pair
+    a.backend.share("it", "one", 0.001)
+    for _ in range(1000):
+        if not b.backend.share("it", "", 60):
+            break
+    assert b.backend.share("it", "", 60) == []
+
+
+def test_nodes_add_up_what_each_sees_of_others(pair, caplog):
+    """Each sees a twentieth of the limit, which is not notable; what they see together is. Each log says so."""
+    crew = [(Others(node.backend), Watched(), 90) for node in pair]
+    for _, watched, _ in crew:
+        watched.spend(0)
+
+    assert spends_of(crew, 300) == [{"m": pytest.approx(10_800, rel=0.05)}] * 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+
+
+def test_node_without_redis_tells_what_it_sees_itself(redis):
+    """What other nodes see is not known then, and nothing breaks."""
+    with HastyNode(redis.url, {}) as node, Node(redis.url, {}) as other:
+        node.reserve(1)
+        crew = [(Others(one.backend), Watched(), 500) for one in (node, other)]
+        for _, watched, _ in crew:
+            watched.spend(0)
+        assert spends_of(crew, 300)[0]["m"] == pytest.approx(60_000, rel=0.05)
+        redis.kill()
+
+        spends_of(crew[:1], 10, 300)  # what was said last still counts
+        assert spends_of(crew[:1], 10, 310)[0]["m"] == pytest.approx(30_000, rel=0.05)
+
+
+def test_what_another_version_says_is_passed_over(pair):
+    """Whatever it may be."""
+    a, b = pair
+    b.backend.share(SHARED, "{} what=else = x=1=2 short=500", 60)
+    others, watched = Others(a.backend), Watched()
+    watched.spend(0)
+
+    assert spends(others, watched, 150, 500)["m"] == pytest.approx(30_000, rel=0.05)

@@ -7,12 +7,12 @@ from tempfile import TemporaryFile
 import pytest
 
 from tests.house import ALICE, MODEL, NOW_US
-from tests.mirror import Mirror, learned
+from tests.mirror import Mirror
+from tests.watched import Watched, looks, spends, spends_of
 from tokenguard._bucket import BucketTable, region_bytes
 from tokenguard.backends import workers
 from tokenguard.backends.memory import MemoryBackend
 from tokenguard.backends.workers import counted
-from tokenguard.headroom import Headroom
 from tokenguard.metrics import Metrics
 from tokenguard.model import Meter
 from tokenguard.provider_limits.others import MAX_SHARED, OTHERS, Others
@@ -22,64 +22,23 @@ NOBODY = 2**22 - 1
 
 
 @pytest.fixture
-def table():
-    return BucketTable(16)
+def others():
+    return Others(MemoryBackend(BucketTable(16)))
 
 
-class Watched:
-    """The provider's limit of a model, of which others spend as a test says.
-
-    Args:
-        limit: Of a minute, unless ``of`` says otherwise.
-    """
-
-    def __init__(self, limit=100_000, model="m", **of):
-        self.budget = learned(limit, model=model, **of)
-        self.room = Headroom()
-        self.room.hold(limit, 0)
-        self.above = 0
-
-    def spend(self, amount):
-        """Have a call's answer tell that others have spent some more."""
-        self.above -= amount
-        level = self.budget.scale.capacity // 2
-        self.room.told(level + self.above - self.room.moved, self.room.charge(level, 1))
-
-
-def looks(others, *watched, now_s):
-    """Return what is told of all meters."""
-    told = others.look([(one.budget, one.room) for one in watched], now_s)
-    return {model: rate for rates in told.values() for model, rate in rates.items()}
-
-
-def spends(others, watched, seconds, per_s, *, start_s=0):
-    """Have others spend ten times a second, with a look every ten seconds; return the last that is told."""
-    return spends_of([(others, watched, per_s)], seconds, start_s)[0]
-
-
-def spends_of(processes, seconds, start_s=0):
-    """Have each of some processes see others spend at a rate; return the last that each tells."""
-    for step in range(1, seconds * 10 + 1):
-        for _, watched, per_s in processes:
-            watched.spend(per_s // 10)
-        if step % 100 == 0:
-            told = [looks(others, watched, now_s=start_s + step / 10) for others, watched, _ in processes]
-    return told
-
-
-def tables(processes):
-    """Return a table as several processes see it, each with a row of its own."""
+def sharing(processes):
+    """Return backends of several processes that share a table, each with a row of its own."""
     with TemporaryFile() as file:
         file.truncate(region_bytes(64))
         seen = [BucketTable(64, fd=file.fileno()) for _ in range(processes)]
     for row, table in enumerate(seen):
         table.hold_row(row, os.getpid(), workers._began(os.getpid()), workers.STATES)
-    return seen
+    return [MemoryBackend(table) for table in seen]
 
 
-def test_others_are_told_of_once_they_have_spent_for_long(table, caplog):
+def test_others_are_told_of_once_they_have_spent_for_long(others, caplog):
     """A notable amount, for some time, with its rate; in one line, and until it is long past."""
-    others, watched = Others(table), Watched()
+    watched = Watched()
     assert looks(others, watched, now_s=0) == {}
     watched.spend(0)
     assert spends(others, watched, 30, 500) == {}
@@ -92,9 +51,8 @@ def test_others_are_told_of_once_they_have_spent_for_long(table, caplog):
     assert looks(others, watched, now_s=900) == {}
 
 
-def test_requests_of_others_are_told_of_too(table, caplog):
+def test_requests_of_others_are_told_of_too(others, caplog):
     """Of a limit on requests, even one for a day, of which a few a minute are much."""
-    others = Others(table)
     minutes = Watched(600, meter=Meter.REQUESTS)
     days = Watched(10_000, "mini", meter=Meter.REQUESTS, window_s=86_400)
     for step in range(200):
@@ -106,25 +64,23 @@ def test_requests_of_others_are_told_of_too(table, caplog):
     assert all("requests per minute" in line for line in caplog.messages)
 
 
-def test_little_is_not_worth_telling(table):
+def test_little_is_not_worth_telling(others):
     """Less than a tenth of the limit, or than a thousand tokens per minute, is none."""
-    others = Others(table)
-
     assert spends(others, Watched(), 300, 80) == {}
     assert spends(others, Watched(1000, "small"), 300, 10) == {}
 
 
-def test_what_is_given_back_was_nobody_elses(table):
+def test_what_is_given_back_was_nobody_elses(others):
     """Where more remains again, nobody else has spent: calls overtook each other."""
-    others, watched, rnd = Others(table), Watched(), random.Random(7)
+    watched, rnd = Watched(), random.Random(7)
     for step in range(300):
         watched.spend(rnd.randrange(-1000, 1000))
         assert looks(others, watched, now_s=step) == {}
 
 
-def test_limit_that_is_changed_is_spent_by_nobody(table):
+def test_limit_that_is_changed_is_spent_by_nobody(others):
     """Where the provider grants less from now on, less remains, and nobody took it."""
-    others, watched = Others(table), Watched()
+    watched = Watched()
     watched.spend(0)
     looks(others, watched, now_s=0)
     watched.room.hold(50_000, 0)
@@ -133,9 +89,9 @@ def test_limit_that_is_changed_is_spent_by_nobody(table):
     assert [looks(others, watched, now_s=10 * step) for step in range(20)] == [{}] * 20
 
 
-def test_limit_that_is_followed_no_more_is_forgotten(table):
+def test_limit_that_is_followed_no_more_is_forgotten(others):
     """A budget that was removed has nobody who spends of it."""
-    others, watched = Others(table), Watched()
+    watched = Watched()
     watched.spend(0)
     spends(others, watched, 100, 500)
 
@@ -145,20 +101,20 @@ def test_limit_that_is_followed_no_more_is_forgotten(table):
 
 def test_processes_add_up_what_each_sees_of_others(caplog):
     """However unequal the parts, each tells the whole, as the metric does; one of them says so to the log."""
-    seen = tables(4)
-    crew = [(Others(table), Watched(), per_s) for table, per_s in zip(seen, (500, 200, 100, 0), strict=True)]
+    backends = sharing(4)
+    crew = [(Others(one), Watched(), per_s) for one, per_s in zip(backends, (500, 200, 100, 0), strict=True)]
     for _, watched, _ in crew:
         watched.spend(0)
 
     assert spends_of(crew, 300) == [{"m": pytest.approx(48_000, rel=0.05)}] * 4
-    assert counted(seen[3])[OTHERS[Meter.TOKENS]] == pytest.approx(48_000, rel=0.05)
+    assert counted(backends[3].table)[OTHERS[Meter.TOKENS]] == pytest.approx(48_000, rel=0.05)
     (line,) = caplog.messages
     assert "m about 4" in line
 
 
 def test_what_one_process_sees_too_much_another_sees_too_little(caplog):
     """Calls of several processes that overtake each other are nobody else's."""
-    crew = [(Others(table), Watched(), per_s) for table, per_s in zip(tables(2), (500, -500), strict=True)]
+    crew = [(Others(one), Watched(), per_s) for one, per_s in zip(sharing(2), (500, -500), strict=True)]
     for _, watched, _ in crew:
         watched.spend(0)
 
@@ -168,13 +124,13 @@ def test_what_one_process_sees_too_much_another_sees_too_little(caplog):
 
 def test_part_of_a_process_that_is_no_more_does_not_count():
     """Nor does that of one who follows the limit no more: nobody knows what others spend unseen."""
-    seen = tables(3)
-    crew = [(Others(table), Watched(), 500) for table in seen]
+    backends = sharing(3)
+    crew = [(Others(one), Watched(), 500) for one in backends]
     for _, watched, _ in crew:
         watched.spend(0)
     assert spends_of(crew, 300)[0]["m"] == pytest.approx(90_000, rel=0.05)
 
-    seen[2].hold_row(2, NOBODY, 1)
+    backends[2].table.hold_row(2, NOBODY, 1)
     assert spends_of(crew[:2], 10, 300)[0]["m"] == pytest.approx(60_000, rel=0.05)
     looks(crew[1][0], now_s=311)
     assert spends_of(crew[:1], 10, 310)[0]["m"] == pytest.approx(30_000, rel=0.05)
@@ -182,7 +138,7 @@ def test_part_of_a_process_that_is_no_more_does_not_count():
 
 def test_limits_beyond_those_that_are_added_up_are_told_of_all_the_same():
     """Of what there is no room for, each process tells what it makes of its own part."""
-    crew = [Others(table) for table in tables(2)]
+    crew = [Others(one) for one in sharing(2)]
     limits = [[Watched(model=f"m{number}") for number in range(MAX_SHARED + 1)] for _ in crew]
     for step in range(100):
         for others, watched in zip(crew, limits, strict=True):
@@ -196,24 +152,27 @@ def test_limits_beyond_those_that_are_added_up_are_told_of_all_the_same():
 
 def test_what_others_spend_is_shown_of_all_processes():
     """The node's metric adds up what its processes saw, and forgets one that is no more."""
-    seen = tables(2)
-    metrics = Metrics(MemoryBackend(seen[1]))
-    spends_of([(Others(table), Watched(), 500) for table in seen], 150)
+    backends = sharing(2)
+    table = backends[1].table
+    metrics = Metrics(backends[1])
+    spends_of([(Others(one), Watched(), 500) for one in backends], 150)
     name = OTHERS[Meter.TOKENS]
-    shown = counted(seen[1])[name]
+    shown = counted(table)[name]
     assert shown == pytest.approx(60_000, rel=0.05)
     assert f"{name.decode()} {float(shown)}" in metrics.exposition(None)[1].decode()
 
-    seen[0].hold_row(0, NOBODY, 1)
-    assert counted(seen[1])[name] == pytest.approx(shown / 2, abs=1)
+    backends[0].table.hold_row(0, NOBODY, 1)
+    assert counted(table)[name] == pytest.approx(shown / 2, abs=1)
 
 
 @pytest.mark.parametrize("counting", ["openai", "azure", "usage"])
 @pytest.mark.parametrize("load", [0.3, 0.7, 3.0])
 @pytest.mark.parametrize(("burst", "long"), [(1, 0.2), (20, 0.0)])
-def test_nobody_is_accused_while_nobody_else_spends(counting, load, burst, long):
+@pytest.mark.parametrize("processes", [1, 4])
+def test_nobody_is_accused_while_nobody_else_spends(counting, load, burst, long, processes):
     """Calls in any order and crowd, of any length, whose estimates are too low at times, are nobody else's."""
-    mirror = Mirror(3, counting, load=load, long=long, estimates=(0.7, 1.2), burst=burst)
+    crowd = {"load": load, "burst": burst, "long": long, "processes": processes}
+    mirror = Mirror(3, counting, estimates=(0.7, 1.2), **crowd)
 
     assert not any(told_of(mirror))
 
@@ -235,9 +194,10 @@ def test_nobody_is_accused_of_requests_while_nobody_else_calls(processes, load):
 
 
 @pytest.mark.parametrize("counting", ["openai", "azure", "usage"])
-def test_somebody_who_spends_much_is_found(counting):
+@pytest.mark.parametrize("processes", [1, 4])
+def test_somebody_who_spends_much_is_found(counting, processes):
     """Three fifths of the limit, beside as much of our own: what remains keeps falling. It is a lower bound."""
-    told = told_of(Mirror(3, counting, load=0.6, others=0.6))
+    told = told_of(Mirror(3, counting, load=0.6, others=0.6, processes=processes))
 
     assert 20_000 < max(told) < 80_000
 
@@ -267,7 +227,7 @@ def test_requests_of_somebody_else_are_counted_well(processes):
 
 def told_of(mirror):
     """Run a simulation; return what a process tells of others, every ten seconds."""
-    others = [Others(table) for table in tables(mirror.processes)]
+    others = [Others(one) for one in sharing(mirror.processes)]
     told = []
 
     def looks(mirror, now_us):

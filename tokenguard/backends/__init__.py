@@ -72,6 +72,18 @@ class Backend(Protocol):
             BackendDown: Nobody can be asked.
         """
 
+    def share(self, what: str, text: str, for_s: float) -> list[str]:
+        """Let other nodes that share the budgets know a text for a while; return theirs.
+
+        Args:
+            what: What it is about.
+            text: What this node says of it, in place of what it said before; empty for nothing.
+            for_s: How long that holds.
+
+        Raises:
+            BackendDown: Nobody can be told.
+        """
+
     def refresh(self) -> None:
         """Know the budgets as they are now, whoever changed them.
 

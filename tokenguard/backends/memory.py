@@ -98,6 +98,10 @@ class MemoryBackend:
             state(self.table, name, now_ms)
             return True
 
+    def share(self, what: str, text: str, for_s: float) -> list[str]:  # noqa: ARG002 - there is no other node
+        """Return what other nodes say: nothing."""
+        return []
+
     def refresh(self) -> None:
         """Know the budgets already."""
 

@@ -60,6 +60,10 @@ class Realm:
         """Return the key under which something is claimed."""
         return self._prefix + b"claim:" + what.encode()
 
+    def share_key(self, what: str) -> bytes:
+        """Return the key under which nodes say something."""
+        return self._prefix + b"share:" + what.encode()
+
     def bucket_key(self, name: BucketName) -> bytes:
         """Return the key of a bucket."""
         return self._bucket_prefix + name.key

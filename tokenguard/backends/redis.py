@@ -19,7 +19,7 @@ from tokenguard.backends.link import RedisLink
 from tokenguard.backends.outage import OwnHandle, Policy, Watch
 from tokenguard.backends.realm import Realm
 from tokenguard.backends.redis_url import RedisUrl
-from tokenguard.backends.scripts import CLAIM, CONFIGURE
+from tokenguard.backends.scripts import CLAIM, CONFIGURE, SHARE, Script
 from tokenguard.backends.workers import counted
 from tokenguard.errors import BackendDown, BudgetNotFound
 from tokenguard.model import BucketName, Budget
@@ -312,16 +312,27 @@ class RedisBackend:
         Raises:
             BackendDown: Redis is not to be had.
         """
+        run = self._run(CLAIM, self._realm.claim_key(what), str(int(for_s * 1000)))
+        return bool(self._thread.run(run))
 
-        async def claim() -> bool:
-            lane = self._lane()
-            await lane.ready()
-            try:
-                return bool(await lane.run(CLAIM, (self._realm.claim_key(what),), (str(int(for_s * 1000)),)))
-            except LinkLost as error:
-                raise BackendDown("Whose turn it is cannot be told", str(error)) from None
+    def share(self, what: str, text: str, for_s: float) -> list[str]:
+        """Let the other nodes know a text for a while; return theirs.
 
-        return self._thread.run(claim())
+        Raises:
+            BackendDown: Redis is not to be had.
+        """
+        node = self.table.identity.hex()
+        run = self._run(SHARE, self._realm.share_key(what), node, str(int(for_s * 1e6)), text)
+        return [said.decode(errors="replace") for said in self._thread.run(run)]
+
+    async def _run(self, script: Script, key: bytes, *args: str) -> Any:  # noqa: ANN401 - as the script returns
+        """Run what is nothing to buckets and budgets."""
+        lane = self._lane()
+        await lane.ready()
+        try:
+            return await lane.run(script, (key,), args)
+        except LinkLost as error:
+            raise BackendDown("Nothing can be agreed on with the other nodes", str(error)) from None
 
     # --- budgets ----------------------------------------------------------------------------------------------
 

@@ -106,7 +106,7 @@ class ProviderLimits:
         self._learned = Learned(backend, budgets, count)
         self._gates = Gates(budgets, self.pace, self._background, self._carry_out, self._processes)
         self._alarms = Alarms(backend.table)
-        self._others = Others(backend.table)
+        self._others = Others(backend)
         self._lines = Seldom()
         self._read_s: float | None = None
         self._failure: str | None = None
@@ -296,11 +296,8 @@ class ProviderLimits:
     def _sweep(self) -> None:
         self._background.after(SWEEP_S, self._sweep)
         self._gates.sweep([name for name in self._learned.current() if name.meter is Meter.GATE])
-        self._look_at_others()
+        self._others.look(self._budgets.followed(), time.perf_counter())
         self._alarms.look(time.time())
-
-    def _look_at_others(self) -> dict[Meter, dict[str, int]]:
-        return self._others.look(self._budgets.followed(), time.perf_counter())
 
     # --- what is told of all that -----------------------------------------------------------------------------
 
@@ -314,7 +311,7 @@ class ProviderLimits:
     def shown(self) -> dict[str, object]:
         """Return how things are with the provider, for ``GET /``."""
         gates = sorted(name.model or "" for name in self._learned.current() if name.meter is Meter.GATE)
-        others = self._look_at_others()
+        others = self._others.found
         told = {
             "alarms": self._alarms.standing(time.time()),
             "heldBack": gates,

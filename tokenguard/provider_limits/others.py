@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from hashlib import blake2b
 
 from tokenguard._bucket import BucketTable
+from tokenguard.backends import Backend
 from tokenguard.backends.workers import living
+from tokenguard.errors import BackendDown
 from tokenguard.headroom import Headroom
 from tokenguard.model import BucketName, Budget, Meter
 from tokenguard.provider_limits.forked import ForkedLock
@@ -29,8 +32,16 @@ LASTING_S = 30.0
 AVERAGED_S = 60.0, 600.0
 """Over what time it is averaged: of a limit for a minute, and for a day."""
 
+SUSPECTED_PART = 0.25
+"""Of so much of what is notable, all are asked what they find."""
+
 MAX_SHARED = 32
-"""Of so many limits processes tell each other what they find."""
+"""Of so many limits they tell each other what they find."""
+
+SHARED = "others"
+"""What nodes say of it is known by this name."""
+SHARED_S = 30.0
+"""How long that holds; it is said anew more often."""
 
 _FOUND, _TELLS = b"provider_others_found\x1f", b"provider_others_told\x1f"
 """The tallies of each process's part in what others spend of a limit, and of whether it tells of that."""
@@ -44,30 +55,34 @@ class Others:
     How much is a lower bound: what calls here were charged beyond what the provider counted hides as much of it,
     and what flows into a full bucket is lost unseen. Who counts in windows looks like somebody who spends.
 
-    A process finds what was counted between its own calls. Of a limit of which one suspects something, all that
-    share the table tell what they find, and each adds that up: they say the same, and one writes it to the log.
+    A process finds what was counted between its own calls. Of a limit of which one suspects something, all who
+    share the budgets tell what they find, and each adds that up: all say the same, and a node logs it once.
 
     Args:
-        table: The node's table.
+        backend: Shares the budgets.
+
+    Attributes:
+        found: Of which models others spend a notable amount, and about how much per minute.
     """
 
-    def __init__(self, table: BucketTable) -> None:
-        self._table = table
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
         self._lock = ForkedLock()
         self._spending: dict[BucketName, _Spending] = {}
+        self._elsewhere: _Parts = {}
+        self.found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
 
     def look(self, followed: Iterable[tuple[Budget, Headroom]], now_s: float) -> dict[Meter, dict[str, int]]:
-        """Return of which models others spend a notable amount, and about how much per minute.
+        """Look at what others spend; it may take a while. Return what was found.
 
         Args:
             followed: The provider's limits, and what is known of its counts.
             now_s: The time, by a clock that is never set.
         """
-        found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
-        parts = dict.fromkeys(OTHERS, 0.0)
         with self._lock:
-            node = _Node(self._table)
-            lasting_s = LASTING_S if node.processes == 1 else 3 * LASTING_S
+            found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
+            parts = dict.fromkeys(OTHERS, 0.0)
+            crew = _Crew(self._backend.table, self._elsewhere)
             before, self._spending = self._spending, {}
             for budget, room in followed:
                 if not room.known or room.drift.in_windows:
@@ -75,9 +90,9 @@ class Others:
                 name = budget.name
                 spending = self._spending[name] = before.get(name) or _Spending(budget, room.drift.missed, now_s)
                 part = spending.add(room.drift.missed, now_s)
-                rate = node.add_up(name, part, is_suspected=part * node.processes >= _notable(budget) / 2)
-                was_told, is_told = spending.told, spending.is_told(budget, rate, now_s, lasting_s)
-                is_first = node.tell(name, is_told)
+                rate = crew.add_up(name, part, SUSPECTED_PART * _notable(budget))
+                was_told, is_told = spending.told, spending.is_told(budget, rate, now_s, crew.lasting_s)
+                is_first = crew.tell(name, is_told)
                 if is_told:
                     found[name.meter][name.model or ""] = round(rate)
                     parts[name.meter] += part
@@ -89,34 +104,75 @@ class Others:
                         rate,
                         name.meter,
                     )
-            node.forget_all_but(self._spending)
+            crew.forget_all_but(self._spending)
             for meter, part in parts.items():
-                node.put(OTHERS[meter], round(part))
+                crew.put(OTHERS[meter], round(part))
+            self.found = found
+            self._elsewhere = self._shared(crew.found_here)
         return found
 
+    def _shared(self, here: dict[bytes, int]) -> _Parts:
+        """Tell other nodes what this one finds; return what they do."""
+        text = " ".join(f"{short.decode()}={part}" for short, part in here.items())
+        try:
+            said = self._backend.share(SHARED, text, SHARED_S)
+        except BackendDown:
+            return {}
+        elsewhere: _Parts = {}
+        for word in " ".join(said).split():
+            short, _, part = word.partition("=")
+            with suppress(ValueError):
+                elsewhere.setdefault(short.encode(), []).append(int(part))
+        return elsewhere
 
-class _Node:
-    """What the processes that share a table tell each other of what they find, as it is now.
+
+_Parts = dict[bytes, list[int]]
+"""What others find of limits, by what a limit is known by."""
+
+
+class _Crew:
+    """What those who share the budgets tell each other of what they find, as it is now.
+
+    Args:
+        table: What the processes of this node share.
+        elsewhere: What other nodes found.
 
     Attributes:
-        processes: How many they are.
+        lasting_s: For how long they must find it.
+        found_here: What this node finds and other nodes are to know.
     """
 
-    def __init__(self, table: BucketTable) -> None:
+    def __init__(self, table: BucketTable, elsewhere: _Parts) -> None:
         self._table = table
         self._told = table.tallies()
-        self._others = living(table).keys() - {table.held_row}
-        self.processes = len(self._others) + 1
+        self._beside = living(table).keys() - {table.held_row}
+        self._elsewhere = elsewhere
+        self.lasting_s = 3 * LASTING_S if self._beside or elsewhere else LASTING_S
+        self.found_here: dict[bytes, int] = {}
 
-    def add_up(self, name: BucketName, part: float, *, is_suspected: bool) -> float:
-        """Return what all find of a limit, of which this process finds a part; what is not told is alike."""
-        found = _FOUND + _short(name)
-        if found not in self._told and is_suspected and self.processes > 1:
+    def add_up(self, name: BucketName, part: float, suspected: float) -> float:
+        """Return what all find of a limit, of which this process finds a part; who does not tell finds as much.
+
+        Args:
+            name: The limit.
+            part: The part.
+            suspected: So much is worth asking all.
+        """
+        short = _short(name)
+        here = self._here(_FOUND + short, part, suspected)
+        if len(self.found_here) < MAX_SHARED and (here >= suspected or short in self._elsewhere):
+            self.found_here[short] = round(here)
+        return here + sum(self._elsewhere.get(short, ()))
+
+    def _here(self, found: bytes, part: float, suspected: float) -> float:
+        """Return what the processes of this node find."""
+        alike = part * (len(self._beside) + 1)
+        if found not in self._told and self._beside and alike >= suspected:
             self._begin(found)
         if found not in self._told:
-            return part * self.processes
+            return alike
         self.put(found, round(part))
-        return part + sum(self._told[found][row] for row in self._others)
+        return part + sum(self._told[found][row] for row in self._beside)
 
     def _begin(self, found: bytes) -> None:
         """Have all tell what they find of a limit, if there is room."""
@@ -131,7 +187,7 @@ class _Node:
             return True
         self.put(_TELLS + short, int(is_told))
         rows = self._told.get(_TELLS + short)
-        return rows is None or not any(rows[row] for row in self._others)
+        return rows is None or not any(rows[row] for row in self._beside)
 
     def forget_all_but(self, kept: Iterable[BucketName]) -> None:
         """Find nothing of other limits."""
@@ -151,7 +207,7 @@ class _Node:
 
 
 def _short(name: BucketName) -> bytes:
-    """Return what a tally knows a limit by, whose name may be too long."""
+    """Return what a limit is known by, whose name may be too long."""
     return blake2b(name.key, digest_size=16).hexdigest().encode()
 
 
