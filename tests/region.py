@@ -7,11 +7,11 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-HEADER = struct.Struct("<8sQ64s16s64s18Q16x128xQ")
-LAYOUT = 1 << 32 | 41_472
+HEADER = struct.Struct("<8sQ64s16s64s19Q8x128xQ")
+LAYOUT = 2 << 32 | 41_472
 """The layout's number, and how long the header is: what is read here must be what is written there."""
 SLOT = struct.Struct("<QIHH6q")
-LINE, NAMES_BYTES, ROWS_BYTES = 64, 1024 * 96, 128 * (64 + 8 * 1024)
+LINE, NAMES_BYTES, ROWS_BYTES, SHARED_BYTES = 64, 1024 * 96, 128 * (64 + 8 * 1024), 512 * 64
 
 
 class Header(NamedTuple):
@@ -34,6 +34,7 @@ class Header(NamedTuple):
     free: int
     log: int
     names: int
+    shared: int
     used: int
     reclaimed: int
     refused_full: int
@@ -70,7 +71,8 @@ class Region:
 
     def __init__(self, region: mmap.mmap) -> None:
         self.header = header = header_of(region)
-        heads_at = _lines(_lines(_lines(LAYOUT & 0xFFFFFFFF) + NAMES_BYTES) + ROWS_BYTES)
+        shared_at = _lines(_lines(_lines(LAYOUT & 0xFFFFFFFF) + NAMES_BYTES) + ROWS_BYTES)
+        heads_at = _lines(shared_at + SHARED_BYTES)
         next_at = _lines(heads_at + 4 * (header.index_mask + 1))
         slots_at = _lines(next_at + 4 * header.slots)
         self.heads = struct.unpack_from(f"<{header.index_mask + 1}I", region, heads_at)

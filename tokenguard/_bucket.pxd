@@ -1,4 +1,4 @@
-"""What other compiled modules use of the table of buckets without asking Python: outcomes, and tallies."""
+"""What other compiled modules use of the table of buckets without asking Python: outcomes, tallies, numbers."""
 
 cimport cython
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
@@ -58,6 +58,18 @@ cdef class Outcome:
     cpdef int64_t wait_us(self, int i) except? -1
     cpdef int64_t full_in_us(self, int i) except? -1
     cdef int tell(self, int i, State *state) except -1
+
+
+@cython.final
+cdef class Shared:
+    cdef object table
+    cdef int64_t *numbers
+    cdef int64_t alone[7]
+
+    cdef int check(self, int i) except -1
+    cpdef int64_t add(self, int i, int64_t amount) except? -1
+    cpdef int64_t get(self, int i) except? -1
+    cpdef int set(self, int i, int64_t number) except -1
 
 
 @cython.final

@@ -17,6 +17,8 @@ MAX_BUCKETS: Final[int]
 """The most buckets that one table may hold: 10^7."""
 MAX_ROWS: Final[int]
 """How many processes can count in rows of their own: 128."""
+MAX_SHARED: Final[int]
+"""Of how many keys the numbers can be shared: 512."""
 
 _Scale = tuple[int, int, int, int, int]
 """capacity, debt, gain, unit, tick_us: a ``model.Scale``."""
@@ -103,6 +105,22 @@ def region_bytes(buckets: int) -> int:
     Raises:
         ValueError: ``buckets`` is out of bounds.
     """
+
+@final
+class Shared:
+    """Seven numbers that all who share a table see and change, 0 at first; without a table, nobody shares them.
+
+    What each is, is up to whoever has the key. ``i`` is 0 to 6; the methods raise IndexError for another one.
+    """
+
+    def add(self, i: int, amount: int) -> int:
+        """Add to a number; return what it is then."""
+
+    def get(self, i: int) -> int:
+        """Return a number."""
+
+    def set(self, i: int, number: int) -> None:
+        """Set a number."""
 
 @final
 class Tally:
@@ -338,6 +356,17 @@ class BucketTable:
 
     def tallies(self) -> dict[bytes, list[int]]:
         """Return what was counted, by name and row. Takes no lock."""
+
+    def shared(self, key: bytes) -> Shared:
+        """Return the numbers of a key.
+
+        Args:
+            key: 8 bytes, such as a hash. There is room for 512; the numbers of others are not shared.
+
+        Raises:
+            TableBusy: The lock was held by somebody else for over a second.
+            ValueError: The key has another length.
+        """
 
     def rows(self) -> list[tuple[int, int]]:
         """Return whose the rows are: process id and when it began, 0 and 0 for nobody's."""

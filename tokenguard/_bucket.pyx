@@ -35,6 +35,7 @@ include "_table.pxi"
 MAX_PLAN = PLAN
 MAX_BUCKETS = 10_000_000
 MAX_ROWS = ROWS
+MAX_SHARED = SHARED
 
 cdef bytes MAGIC = b"TGTABLE\n"
 cdef dict PACES = {10 ** exponent: exponent + 1 for exponent in range(7)}
@@ -173,6 +174,29 @@ cdef class Tally:
         tg_add(&(<BucketTable>self.table).row.tallies[self.number], amount)
 
 
+cdef class Shared:
+    def __cinit__(self):
+        self.numbers = self.alone
+
+    cdef int check(self, int i) except -1:
+        if not 0 <= i < NUMBERS:
+            raise IndexError(f"number must be between 0 and {NUMBERS - 1}, got {i}")
+        return 0
+
+    cpdef int64_t add(self, int i, int64_t amount) except? -1:
+        self.check(i)
+        return tg_add(&self.numbers[i], amount) + amount
+
+    cpdef int64_t get(self, int i) except? -1:
+        self.check(i)
+        return tg_load_number(&self.numbers[i])
+
+    cpdef int set(self, int i, int64_t number) except -1:
+        self.check(i)
+        tg_store_number(&self.numbers[i], number)
+        return 0
+
+
 cdef class BucketTable:
     cdef object __weakref__
     cdef Table table
@@ -194,6 +218,7 @@ cdef class BucketTable:
         self.table.header = <Header *>base
         self.table.names = <Name *>(base + size.names)
         self.table.rows = <Row *>(base + size.rows)
+        self.table.shared = <Common *>(base + size.shared)
         self.table.heads = <uint32_t *>(base + size.heads)
         self.table.next = <uint32_t *>(base + size.next)
         self.table.slots = <Slot *>(base + size.slots)
@@ -602,6 +627,28 @@ cdef class BucketTable:
             at = &self.table.names[i]
             told[at.text[:at.size]] = [self.table.rows[row].tallies[i] for row in range(ROWS)]
         return told
+
+    def shared(self, bytes key not None):
+        cdef Shared shared = Shared.__new__(Shared)
+        cdef uint64_t known, i
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"key must be {KEY_BYTES} bytes, got {len(key)}")
+        self.lock()
+        known = self.table.header.shared
+        for i in range(known):
+            if not memcmp(self.table.shared[i].key, <char *>key, KEY_BYTES):
+                break
+        else:
+            i = known
+            if known < SHARED:
+                memcpy(self.table.shared[i].key, <char *>key, KEY_BYTES)
+                tg_point()
+                set_word(&self.table, &self.table.header.shared, known + 1)
+        self.unlock()
+        if i < SHARED:
+            shared.table = self
+            shared.numbers = self.table.shared[i].numbers
+        return shared
 
     def rows(self):
         return [(self.table.rows[row].pid, self.table.rows[row].began) for row in range(ROWS)]

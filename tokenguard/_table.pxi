@@ -25,7 +25,9 @@ cdef extern from "_region.h":
     void tg_store(uint64_t *, uint64_t) noexcept nogil
     void tg_store_link "tg_store"(uint32_t *, uint32_t) noexcept nogil
     void tg_store_seq "tg_store"(uint16_t *, uint16_t) noexcept nogil
-    void tg_add(int64_t *, int64_t) noexcept nogil
+    int64_t tg_add(int64_t *, int64_t) noexcept nogil
+    void tg_store_number "tg_store"(int64_t *, int64_t) noexcept nogil
+    int64_t tg_load_number "tg_load"(const int64_t *) noexcept nogil
     void tg_point() noexcept nogil
     void tg_witness(uint64_t turn, int64_t now_us) noexcept nogil
 
@@ -42,11 +44,14 @@ cdef enum:
     TALLIES = 1024                # how many there are; the last has no name, and counts what there is no room for
     ROWS = 128                    # processes that count, each in a row of its own
     NAME_BYTES = 94
+    SHARED = 512                  # keys of numbers that are shared
+    KEY_BYTES = 8
+    NUMBERS = 7                   # of each key
     LOG_SHIFT = 40                # the log's word: times that it was rewritten, above how long it is
     LINE = 64                     # bytes of a cache line
 
 
-cdef uint64_t LAYOUT = 1          # moves with every change of what is in the region
+cdef uint64_t LAYOUT = 2          # moves with every change of what is in the region
 
 
 cdef int64_t NEVER = 10**15
@@ -81,6 +86,10 @@ cdef struct Row:
     uint64_t unused[6]
     int64_t tallies[1024]
 
+cdef struct Common:               # one cache line
+    char key[8]
+    int64_t numbers[7]            # what they are is their owner's business
+
 cdef struct Header:
     char magic[8]                 # written last: a region without it is not one yet
     uint64_t layout
@@ -99,6 +108,7 @@ cdef struct Header:
     uint64_t free                 # head of the list of free slots, as number + 1
     uint64_t log                  # see LOG_SHIFT
     uint64_t names
+    uint64_t shared
     Counters counters
     uint64_t saved                # the turn of the last state that was saved
     tg_lock lock
@@ -110,6 +120,7 @@ cdef struct Table:
     Header *header
     Name *names
     Row *rows
+    Common *shared
     uint32_t *heads               # slot number + 1; 0 is the end of a chain
     uint32_t *next
     Slot *slots
@@ -118,6 +129,7 @@ cdef struct Table:
 cdef struct Size:                 # bytes from the region's beginning
     size_t names
     size_t rows
+    size_t shared
     size_t heads
     size_t next
     size_t slots
@@ -629,7 +641,8 @@ cdef Size size_of(uint64_t buckets) noexcept nogil:
     cdef Size size
     size.names = lines(sizeof(Header))
     size.rows = lines(size.names + TALLIES * sizeof(Name))
-    size.heads = lines(size.rows + ROWS * sizeof(Row))
+    size.shared = lines(size.rows + ROWS * sizeof(Row))
+    size.heads = lines(size.shared + SHARED * sizeof(Common))
     size.next = lines(size.heads + heads_of(buckets) * sizeof(uint32_t))
     size.slots = lines(size.next + buckets * sizeof(uint32_t))
     size.log = size.slots + buckets * sizeof(Slot)

@@ -1,28 +1,30 @@
 """The headroom in C."""
 
 cimport cython
+from tokenguard._bucket cimport Shared
 from tokenguard.drift cimport Charge, Drift
 
 cdef long long _RISE, _OVERDONE, _AMPLE
+cdef int _MOVED, _TOP, _HEARD
 cdef double PERIOD_S, REST_S
 
 
 @cython.final
 cdef class Headroom:
     cdef readonly bint known
-    cdef readonly long long moved
     cdef readonly long long kept
     cdef readonly bint is_slow
     cdef readonly Drift drift
-    cdef long long _room
+    cdef Shared _shared
 
-    cpdef void hold(self, long long limit, long long kept, bint is_slow=*) noexcept
+    cpdef hold(self, long long limit, long long kept, bint is_slow=*)
     cpdef Charge charge(self, long long level, long long cost)
-    @cython.locals(room="long long", fewer="long long")
+    @cython.locals(moved="long long", room="long long", before="long long", fewer="long long")
     cpdef told(self, long long remaining, Charge charge, bint in_windows=*)
     @cython.locals(given="long long")
-    cpdef long long give(self, long long cost, long long kept) noexcept
-    cpdef void gave(self, long long tokens) noexcept
+    cpdef give(self, long long cost, long long kept)
+    @cython.locals(moved="long long")
+    cpdef gave(self, long long tokens)
 
 
 @cython.final

@@ -8,11 +8,12 @@ were charged too much, as far as the headroom goes. So our level follows the pro
 longer than an answer takes.
 
 Only the latest call that was heard of counts: what an answer tells that took longer is of the past, and what calls
-after it were charged and given back is not in it.
+after it were charged and given back is not in it. The processes of a node are as one: what one hears of, all know.
 """
 
 from __future__ import annotations
 
+from tokenguard._bucket import Shared
 from tokenguard.drift import Charge, Drift
 
 _RISE = 4
@@ -20,6 +21,9 @@ _RISE = 4
 _OVERDONE = 2
 """Our level is lowered by so many times of what it is too high: what it missed, calls under way may miss too."""
 _AMPLE = 2**52
+_MOVED, _TOP, _HEARD = range(4, 7)
+"""The numbers that are shared, beside the drift's: see ``moved``; the headroom that there would be without it; and
+the latest call that was heard of."""
 
 PERIOD_S = 2.0
 """Calls are counted for so long at a time."""
@@ -30,25 +34,33 @@ MAX_MODELS = 1024
 
 
 class Headroom:
-    """Of one bucket whose limit was learned from header fields, as one process knows it.
+    """Of one bucket whose limit was learned from header fields.
+
+    Args:
+        shared: What all processes of a node know of it; by default this one alone does.
 
     Attributes:
-        known: Whether the provider has told what remains.
-        moved: How many tokens our level has been raised by on the provider's word, in all; lowering counts below
-            zero. What a reservation saw before and what is seen after differ by this.
+        known: Whether the provider has told this process what remains.
         kept: By so many tokens at most it is lowered beyond what was too high.
         is_slow: Whether it takes so long to fill that no answer alone is to empty it: one that errs would hold
             calls back for hours. Then it is lowered by half of what is too high at a time.
         drift: What the provider's count makes of what is not ours.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shared: Shared | None = None) -> None:
         self.known = False
-        self.moved = 0
         self.kept = _AMPLE
         self.is_slow = False
-        self.drift = Drift()
-        self._room = 0
+        self._shared = Shared() if shared is None else shared
+        self.drift = Drift(self._shared)
+
+    @property
+    def moved(self) -> int:
+        """How many tokens our level has been raised by on the provider's word, in all; lowering counts below zero.
+
+        What a reservation saw before and what is seen after differ by this.
+        """
+        return self._shared.get(_MOVED)
 
     def hold(self, limit: int, kept: int, is_slow: bool = False) -> None:
         """Take in what the bucket holds, how much of it is kept in hand, and whether it is slow."""
@@ -58,7 +70,7 @@ class Headroom:
 
     def charge(self, level: int, cost: int) -> Charge:
         """Take in a call that has just been charged so much, which left ``level``."""
-        return self.drift.charge(level, cost, self.moved)
+        return self.drift.charge(level, cost, self._shared.get(_MOVED))
 
     def told(self, remaining: int, charge: Charge, in_windows: bool = False) -> int:
         """Take in what remained when the provider counted a call; return by how much our level must be lowered.
@@ -68,21 +80,21 @@ class Headroom:
             charge: What it was charged in ours.
             in_windows: Whether the provider seems to count in windows.
         """
-        if not self.drift.told(remaining, charge, in_windows):
-            return 0
-        room = charge.above - self.moved
-        fewer = 0
+        self.drift.told(remaining, charge, in_windows)
+        if charge.turn < self._shared.get(_HEARD):
+            return 0  # it is of the past
+        self._shared.set(_HEARD, charge.turn)
+        moved = self._shared.get(_MOVED)
+        room, before, fewer = charge.above - moved, self._shared.get(_TOP) - moved, 0
         if room < 0:
             if self.is_slow:
                 fewer = (1 - room) // 2
             else:
                 fewer = -room + min(-room * (_OVERDONE - 1), self.kept)
-            self.moved -= fewer
-            self._room = room + fewer
-        elif self.known and room > self._room:
-            self._room += (room - self._room) // _RISE
-        else:
-            self._room = room
+            self._shared.add(_MOVED, -fewer)
+        elif self.known and room > before:
+            room = before + (room - before) // _RISE
+        self._shared.set(_TOP, room + moved)
         self.known = True
         return fewer
 
@@ -93,19 +105,19 @@ class Headroom:
             cost: What it was charged.
             kept: So much of the headroom is kept, for what is not known yet.
         """
-        given = self._room - kept
+        given = self._shared.get(_TOP) - self._shared.get(_MOVED) - kept
         if given <= 0:
             return 0
         if given > cost:
             given = cost
-        self._room -= given
-        self.moved += given
+        self._shared.add(_MOVED, given)
         return given
 
     def gave(self, tokens: int) -> None:
         """Take in that a call is given back so much, below zero charged, whatever the provider counted it for."""
-        self._room = max(0, self._room - tokens)
-        self.moved += tokens
+        moved = self._shared.add(_MOVED, tokens)
+        if tokens > 0 and self._shared.get(_TOP) < moved:
+            self._shared.set(_TOP, moved)
 
 
 class _Answers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from fractions import Fraction
+from hashlib import blake2b
 from typing import NamedTuple
 
 from tokenguard._fields import list_of
@@ -120,6 +121,11 @@ class BucketName(NamedTuple):
         if self.source is not None:
             parts.append(self.source)
         return SEPARATOR.join(parts).encode()
+
+    @property
+    def digest(self) -> bytes:
+        """Eight bytes that stand for the key where that may be too long."""
+        return blake2b(self.key, digest_size=8).digest()
 
     @classmethod
     def from_key(cls, key: bytes) -> BucketName:

@@ -212,7 +212,9 @@ class Plans:
 
     def _room(self, name: BucketName) -> Headroom:
         """Return what all plans with a bucket know of it: of as many as there are learned limits at most."""
-        return self._rooms.setdefault(name, Headroom())
+        if (room := self._rooms.get(name)) is None:
+            room = self._rooms.setdefault(name, Headroom(self._backend.table.shared(name.digest)))
+        return room
 
     def _on(self, scope: Scope, model: str) -> list[Budget]:
         """Return what limits calls of a model on one scope: tokens first, all models first, ours first."""

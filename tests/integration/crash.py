@@ -94,6 +94,7 @@ class Scene:
             "log": self.table.changes(0),
             "epoch": self.table.epoch % 2,
             "tallies": self.table.tallies(),
+            "shared": header_of(self.region).shared,
         }
 
     def problems(self, report: Report) -> Iterator[str]:

@@ -181,6 +181,7 @@ def changes() -> dict[str, Operation]:
         "rewrite": Operation(lambda table: table.rewrite(b"all other budgets; "), furnished()),
         "load": Operation(load(b"".join(loaded)), furnished(), steps=tuple(map(load, loaded))),
         "tally": Operation(tally, furnished()),
+        "share": Operation(lambda table: table.shared(b"a number"), furnished()),
         "hold a row": Operation(
             lambda table: table.hold_row(3, 4711, 815, (b"calls", b"refusals", b"open")),
             furnished(),

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tokenguard._bucket import Shared
 from tokenguard.drift import Drift
 
 LIMIT = 60_000
@@ -18,7 +19,8 @@ class Account:
     """
 
     def __init__(self, counts=OURS, level=LIMIT // 2):
-        self.drift = Drift()
+        self.shared = Shared()
+        self.drift = Drift(self.shared)
         self.drift.hold(LIMIT)
         self.counts = counts
         self.theirs = self.ours = level
@@ -116,3 +118,36 @@ def test_provider_that_counts_in_windows_is_known_by_its_last_answer():
     assert account.drift.in_windows
     account.call()
     assert not account.drift.in_windows
+
+
+def test_all_processes_see_what_others_spend():
+    """Calls of other processes in between are no others: what they were charged too much is known."""
+    account, crew = Account(LEAST), []
+    for _ in range(3):
+        crew.append(Drift(account.shared))
+        crew[-1].hold(LIMIT)
+    for step in range(120):
+        account.drift = crew[step % 3]
+        account.call()
+    before = [drift.missed for drift in crew]
+    account.call(300)
+    for step in range(6):
+        account.drift = crew[step % 3]
+        account.call()
+
+    assert [drift.missed - was for drift, was in zip(crew, before, strict=True)] == [300] * 3
+
+
+def test_bucket_that_another_process_found_full_tells_nothing():
+    """What flowed in and was lost is not missed, whoever saw it."""
+    account = Account()
+    mine, other = account.drift, Drift(account.shared)
+    other.hold(LIMIT)
+    account.call()
+    account.ours = LIMIT
+    account.drift = other
+    account.call()
+    account.drift = mine
+
+    assert account.call() == 0
+    assert account.call(300) == 300

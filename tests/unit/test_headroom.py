@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tests.house import ALICE, MODEL, NOW_US, House, grant, named
 from tests.mirror import Mirror, learned
 from tests.strategies import properties
+from tokenguard._bucket import Shared
 from tokenguard.headroom import MAX_MODELS, Headroom, Pace
 from tokenguard.limiter import Reservation
 from tokenguard.model import Budget, Meter, Source
@@ -131,6 +132,38 @@ def test_call_that_the_provider_never_got_is_given_back_all():
 
     assert room.moved == 400
     assert room.give(1000, 0) == 0
+
+
+def test_processes_of_a_node_lower_it_once():
+    """What one heard of and saw to is no news to another, whose call was sent before."""
+    shared = Shared()
+    one, other = Headroom(shared), Headroom(shared)
+    charges = [room.charge(1000, 0) for room in (one, other)]
+
+    assert one.told(900, charges[0]) == 200
+    assert other.told(900, charges[1]) == 0
+    assert other.told(690, other.charge(800, 0)) == 220
+
+
+def test_processes_of_a_node_give_headroom_once():
+    """What one gave back, another does not."""
+    shared = Shared()
+    one, other = Headroom(shared), Headroom(shared)
+    for room in (one, other):
+        told(room, 1500, 1000)
+
+    assert [room.give(300, 0) for room in (one, other, one)] == [300, 200, 0]
+
+
+def test_processes_of_a_node_hear_in_one_order():
+    """What an answer tells is of the past if another process has heard of a later call."""
+    shared = Shared()
+    one, other = Headroom(shared), Headroom(shared)
+    before = one.charge(1000, 0)
+    told(other, 1000, 1000)
+
+    assert one.told(10, before) == 0
+    assert one.moved == 0
 
 
 @properties

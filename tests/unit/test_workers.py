@@ -1,12 +1,12 @@
 """The processes that share a table: who has which row, and what is counted in them."""
 
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
 from tests.crew import Worker
-from tokenguard._bucket import MAX_ROWS, BucketTable
+from tokenguard._bucket import MAX_ROWS, MAX_SHARED, BucketTable, Shared
 from tokenguard.backends.workers import STATES, _began, counted, join, leave, living
 
 CALLS, IN_FLIGHT = b"calls", STATES[0]
@@ -210,3 +210,63 @@ def test_row_out_of_bounds_is_refused(table):
     for row in (-1, MAX_ROWS):
         with pytest.raises(ValueError, match=f"row must be between 0 and {MAX_ROWS - 1}, got {row}"):
             table.hold_row(row, ME(), 0)
+
+
+# --- numbers that all share -------------------------------------------------------------------------------------
+
+
+def test_numbers_of_a_key_are_shared(table):
+    """Whoever asks for a key has the same numbers, another process too; those of another key are others."""
+    mine = table.shared(b"a number")
+    with Worker(lambda: table.shared(b"a number").add(3, 5)) as worker:
+        worker.go()
+        assert worker.answer() == 5
+    table.shared(b"a number").set(0, -(2**62))
+
+    assert mine.add(3, -7) == -2
+    assert [mine.get(i) for i in range(7)] == [-(2**62), 0, 0, -2, 0, 0, 0]
+    assert [table.shared(b"another.").get(i) for i in range(7)] == [0] * 7
+
+
+def test_processes_that_add_at_once_lose_nothing(table):
+    """A number is what all have added."""
+    shared = table.shared(b"a number")
+
+    def add():
+        for _ in range(20_000):
+            shared.add(6, 1)
+
+    with ExitStack() as stack:
+        crew = [stack.enter_context(Worker(add)) for _ in range(4)]
+        for worker in crew:
+            worker.go()
+        for worker in crew:
+            worker.answer()
+
+    assert shared.get(6) == 80_000
+
+
+def test_numbers_for_which_there_is_no_room_are_somebody_s_own(table):
+    """What is beyond is not shared, and works all the same; nor is what was made without a table."""
+    keys = [number.to_bytes(8) for number in range(MAX_SHARED + 1)]
+    for number, key in enumerate(keys):
+        table.shared(key).add(0, number)
+
+    assert [table.shared(key).get(0) for key in keys] == [*range(MAX_SHARED), 0]
+    assert Shared().add(0, 1) == Shared().add(0, 1) == 1
+
+
+@pytest.mark.parametrize("key", [b"", b"seven..", b"nine....."])
+def test_key_of_another_length_is_refused(table, key):
+    """Eight bytes, no more and no fewer."""
+    with pytest.raises(ValueError, match=f"key must be 8 bytes, got {len(key)}"):
+        table.shared(key)
+
+
+@pytest.mark.parametrize("i", [-1, 7, 2**31 - 1])
+def test_number_out_of_bounds_is_refused(table, i):
+    """There are seven."""
+    shared = table.shared(b"a number")
+    for act in (lambda: shared.get(i), lambda: shared.set(i, 1), lambda: shared.add(i, 1)):
+        with pytest.raises(IndexError, match=f"number must be between 0 and 6, got {i}"):
+            act()

@@ -19,10 +19,11 @@ STATES = (
     b"reservations_open",
     b"redis_lanes_down",
     b"redis_owed_buckets",
-    b"provider_others_tokens_per_minute",
-    b"provider_others_requests_per_minute",
 )
 """The tallies that tell how things are with a process now, and end with it."""
+
+ALIKE = b"provider_others_tokens_per_minute", b"provider_others_requests_per_minute"
+"""Those in which all processes tell the same thing, as far as they know of it: the most counts."""
 
 _PROC = Path("/proc")
 _LISTENING = {"tcp": ("0A", 9), "tcp6": ("0A", 9), "unix": ("00010000", 6)}
@@ -56,7 +57,7 @@ def join(table: BucketTable) -> None:
             return
         free = (row for row, (pid, began) in enumerate(rows) if not _lives(pid, began))
         if (row := next(free, None)) is not None:
-            table.hold_row(row, os.getpid(), _began(os.getpid()) or 0, STATES)
+            table.hold_row(row, os.getpid(), _began(os.getpid()) or 0, (*STATES, *ALIKE))
     _joined.add(table)
 
 
@@ -85,10 +86,11 @@ def counted(table: BucketTable) -> dict[bytes, int]:
     alive = set(living(table))
     if table.rows()[0] == (0, 0):
         alive.add(0)  # whoever did not join counts there
-    return {
-        name: sum(number for row, number in enumerate(rows) if row in alive or name not in STATES)
-        for name, rows in table.tallies().items()
-    }
+    told = {}
+    for name, rows in table.tallies().items():
+        now = [rows[row] for row in alive]
+        told[name] = max(now, default=0) if name in ALIKE else sum(now if name in STATES else rows)
+    return told
 
 
 def unshared(table: BucketTable) -> list[int]:

@@ -6,11 +6,10 @@ import logging
 import math
 from collections.abc import Iterable
 from contextlib import suppress
-from hashlib import blake2b
+from itertools import islice
 
-from tokenguard._bucket import BucketTable
 from tokenguard.backends import Backend
-from tokenguard.backends.workers import living
+from tokenguard.backends.workers import living, state
 from tokenguard.errors import BackendDown
 from tokenguard.headroom import Headroom
 from tokenguard.model import BucketName, Budget, Meter
@@ -22,29 +21,29 @@ OTHERS = {
     Meter.TOKENS: b"provider_others_tokens_per_minute",
     Meter.REQUESTS: b"provider_others_requests_per_minute",
 }
-"""The tallies of each process's part in what others spend."""
+"""The tallies of what each process makes of what others spend."""
 
 NOTABLE = {Meter.TOKENS: 1000, Meter.REQUESTS: 10}
 NOTABLE_PART = 0.1
 """What others spend is told of if it is so much at least, and such a part of the limit."""
-LASTING_S = 30.0
-"""How long that must have been so; thrice as long where calls of several processes overtake each other."""
+LASTING_S = 40.0
+"""How long that must have been so; thrice as long where calls of several nodes overtake each other."""
 AVERAGED_S = 60.0, 600.0
 """Over what time it is averaged: of a limit for a minute, and for a day."""
 
 SUSPECTED_PART = 0.25
-"""Of so much of what is notable, all are asked what they find."""
+"""Of so much of what is notable, the other nodes are told."""
 
 MAX_SHARED = 32
-"""Of so many limits they tell each other what they find."""
+"""Of so many limits."""
 
 SHARED = "others"
 """What nodes say of it is known by this name."""
 SHARED_S = 30.0
 """How long that holds; it is said anew more often."""
 
-_FOUND, _TELLS = b"provider_others_found\x1f", b"provider_others_told\x1f"
-"""The tallies of each process's part in what others spend of a limit, and of whether it tells of that."""
+_TELLS = b"provider_others_told\x1f"
+"""The tallies of whether a process tells of a limit."""
 
 _log = logging.getLogger("tokenguard")
 
@@ -55,8 +54,8 @@ class Others:
     How much is a lower bound: what calls here were charged beyond what the provider counted hides as much of it,
     and what flows into a full bucket is lost unseen. Who counts in windows looks like somebody who spends.
 
-    A process finds what was counted between its own calls. Of a limit of which one suspects something, all who
-    share the budgets tell what they find, and each adds that up: all say the same, and a node logs it once.
+    All processes of a node find it, and one logs it. Nodes that share the budgets find a part each: of what they
+    suspect they tell each other, and add it up.
 
     Args:
         backend: Shares the budgets.
@@ -69,7 +68,7 @@ class Others:
         self._backend = backend
         self._lock = ForkedLock()
         self._spending: dict[BucketName, _Spending] = {}
-        self._elsewhere: _Parts = {}
+        self._elsewhere: dict[str, int] = {}
         self.found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
 
     def look(self, followed: Iterable[tuple[Budget, Headroom]], now_s: float) -> dict[Meter, dict[str, int]]:
@@ -81,22 +80,20 @@ class Others:
         """
         with self._lock:
             found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
-            parts = dict.fromkeys(OTHERS, 0.0)
-            crew = _Crew(self._backend.table, self._elsewhere)
+            here: dict[str, int] = {}
             before, self._spending = self._spending, {}
+            lasting_s = 3 * LASTING_S if self._elsewhere else LASTING_S
             for budget, room in followed:
                 if not room.known or room.drift.in_windows:
                     continue
-                name = budget.name
+                name, known_by = budget.name, budget.name.digest.hex()
                 spending = self._spending[name] = before.get(name) or _Spending(budget, room.drift.missed, now_s)
                 part = spending.add(room.drift.missed, now_s)
-                rate = crew.add_up(name, part, SUSPECTED_PART * _notable(budget))
-                was_told, is_told = spending.told, spending.is_told(budget, rate, now_s, crew.lasting_s)
-                is_first = crew.tell(name, is_told)
+                rate = part + self._elsewhere.get(known_by, 0)
+                was_told, is_told = spending.told, spending.is_told(budget, rate, now_s, lasting_s)
                 if is_told:
                     found[name.meter][name.model or ""] = round(rate)
-                    parts[name.meter] += part
-                if is_told and not was_told and is_first:
+                if is_told != was_told and self._is_first(name, is_told) and is_told:
                     _log.warning(
                         "somebody else uses the provider's key: of %s about %d %s per minute are spent beside "
                         "what goes through here",
@@ -104,111 +101,40 @@ class Others:
                         rate,
                         name.meter,
                     )
-            crew.forget_all_but(self._spending)
-            for meter, part in parts.items():
-                crew.put(OTHERS[meter], round(part))
+                if part >= SUSPECTED_PART * _notable(budget) or known_by in self._elsewhere:
+                    here[known_by] = round(part)
+            for name in before.keys() - self._spending.keys():
+                if before[name].told:
+                    self._is_first(name, False)
+            for meter, rates in found.items():
+                state(self._backend.table, OTHERS[meter], sum(rates.values()))
             self.found = found
-            self._elsewhere = self._shared(crew.found_here)
+            self._elsewhere = self._shared(dict(islice(here.items(), MAX_SHARED)))
         return found
 
-    def _shared(self, here: dict[bytes, int]) -> _Parts:
-        """Tell other nodes what this one finds; return what they do."""
-        text = " ".join(f"{short.decode()}={part}" for short, part in here.items())
+    def _is_first(self, name: BucketName, is_told: bool) -> bool:
+        """Say whether this process tells of a limit; return whether no other one of the node does."""
+        table = self._backend.table
+        tells, names = _TELLS + name.digest.hex().encode(), table.tallies()
+        if tells not in names and sum(one.startswith(_TELLS) for one in names) >= MAX_SHARED:
+            return True
+        state(table, tells, int(is_told))
+        rows = table.tallies().get(tells)
+        return rows is None or not any(rows[row] for row in living(table).keys() - {table.held_row})
+
+    def _shared(self, here: dict[str, int]) -> dict[str, int]:
+        """Tell other nodes what this one finds; return what they do, all together."""
+        text = " ".join(f"{known_by}={part}" for known_by, part in here.items())
         try:
             said = self._backend.share(SHARED, text, SHARED_S)
         except BackendDown:
             return {}
-        elsewhere: _Parts = {}
+        elsewhere: dict[str, int] = {}
         for word in " ".join(said).split():
-            short, _, part = word.partition("=")
+            known_by, _, part = word.partition("=")
             with suppress(ValueError):
-                elsewhere.setdefault(short.encode(), []).append(int(part))
+                elsewhere[known_by] = elsewhere.get(known_by, 0) + int(part)
         return elsewhere
-
-
-_Parts = dict[bytes, list[int]]
-"""What others find of limits, by what a limit is known by."""
-
-
-class _Crew:
-    """What those who share the budgets tell each other of what they find, as it is now.
-
-    Args:
-        table: What the processes of this node share.
-        elsewhere: What other nodes found.
-
-    Attributes:
-        lasting_s: For how long they must find it.
-        found_here: What this node finds and other nodes are to know.
-    """
-
-    def __init__(self, table: BucketTable, elsewhere: _Parts) -> None:
-        self._table = table
-        self._told = table.tallies()
-        self._beside = living(table).keys() - {table.held_row}
-        self._elsewhere = elsewhere
-        self.lasting_s = 3 * LASTING_S if self._beside or elsewhere else LASTING_S
-        self.found_here: dict[bytes, int] = {}
-
-    def add_up(self, name: BucketName, part: float, suspected: float) -> float:
-        """Return what all find of a limit, of which this process finds a part; who does not tell finds as much.
-
-        Args:
-            name: The limit.
-            part: The part.
-            suspected: So much is worth asking all.
-        """
-        short = _short(name)
-        here = self._here(_FOUND + short, part, suspected)
-        if len(self.found_here) < MAX_SHARED and (here >= suspected or short in self._elsewhere):
-            self.found_here[short] = round(here)
-        return here + sum(self._elsewhere.get(short, ()))
-
-    def _here(self, found: bytes, part: float, suspected: float) -> float:
-        """Return what the processes of this node find."""
-        alike = part * (len(self._beside) + 1)
-        if found not in self._told and self._beside and alike >= suspected:
-            self._begin(found)
-        if found not in self._told:
-            return alike
-        self.put(found, round(part))
-        return part + sum(self._told[found][row] for row in self._beside)
-
-    def _begin(self, found: bytes) -> None:
-        """Have all tell what they find of a limit, if there is room."""
-        if sum(name.startswith(_FOUND) for name in self._told) < MAX_SHARED:
-            self._table.tally(found)
-            self._told = self._table.tallies()
-
-    def tell(self, name: BucketName, is_told: bool) -> bool:
-        """Say whether this process tells of a limit; return whether no other one does, as far as is known."""
-        short = _short(name)
-        if _FOUND + short not in self._told:
-            return True
-        self.put(_TELLS + short, int(is_told))
-        rows = self._told.get(_TELLS + short)
-        return rows is None or not any(rows[row] for row in self._beside)
-
-    def forget_all_but(self, kept: Iterable[BucketName]) -> None:
-        """Find nothing of other limits."""
-        short = {_short(name) for name in kept}
-        for name in self._told:
-            if name.startswith((_FOUND, _TELLS)) and name.partition(b"\x1f")[2] not in short:
-                self.put(name, 0)
-
-    def put(self, name: bytes, number: int) -> None:
-        """Have this process's tally tell a number."""
-        tally = self._table.tally(name)
-        if name not in self._told:
-            self._told = self._table.tallies()
-        if (rows := self._told.get(name)) is not None:
-            tally.add(number - rows[self._table.held_row])
-            rows[self._table.held_row] = number
-
-
-def _short(name: BucketName) -> bytes:
-    """Return what a limit is known by, whose name may be too long."""
-    return blake2b(name.key, digest_size=16).hexdigest().encode()
 
 
 class _Spending:
