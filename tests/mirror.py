@@ -118,8 +118,7 @@ class Mirror:
         self.per_s = load * limit / 60 / self.mean / burst
         self.others_per_s = others * limit / 60 / self.mean
         self.history = []  # what the provider counted, in its order: (tokens, of a call of ours)
-        self.heard_to = [0] * processes  # how much of it the answers told that each process heard
-        self.heard_turn = [0] * processes
+        self.heard_to = 0  # how much of it the answers told that were heard
         self.forwarded = self.refused = self.counted = self.lowered = 0
 
     def at(self, now_us, what, *args):
@@ -191,7 +190,7 @@ class Mirror:
         told = (sent.remaining, -1) if self.meter is Meter.TOKENS else (-1, sent.remaining)
         lowering = sent.reservation.lowering(*told, isinstance(self.provider, InWindows))
         node = self.nodes[sent.node]
-        self.heard_to[sent.node] = max(self.heard_to[sent.node], sent.counted_at)
+        self.heard_to = max(self.heard_to, sent.counted_at)
         if lowering is not None:
             self.lowered += sum(lowering)
             node.lower(sent.reservation, lowering, now_us)
