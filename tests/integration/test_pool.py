@@ -122,7 +122,7 @@ async def test_failed_connection_makes_room_for_whoever_waits():
 async def test_idle_connections_are_closed():
     """What has been idle for 30 s is closed, by us; what has been used since is kept."""
     loop = OddLoop()
-    async with facing(loop=loop, read_timeout_s=0.2) as (_provider, upstream):
+    async with facing(loop=loop, read_timeout_s=1.0) as (_provider, upstream):
         await asyncio.gather(ask(upstream), ask(upstream))
         assert state(upstream) == (2, 0, 0, 0)
         loop.ahead = KEEPALIVE_S / 2
@@ -458,7 +458,7 @@ async def test_answer_that_does_not_go_on():
         await line.say(CHUNKED + b"5\r\nhello\r\n")
         await line.gone()
 
-    async with facing(script, read_timeout_s=0.1) as (_, upstream):
+    async with facing(script, read_timeout_s=0.5) as (_, upstream):
         response = await upstream.open(request())
         assert await anext(response) == b"hello"
         with fails(UpstreamTimeout, "^the provider did not answer in time$", sent=True):
@@ -476,7 +476,7 @@ async def test_answer_that_does_not_end():
             await line.say(b"1\r\nx\r\n")
             await asyncio.sleep(0.01)
 
-    async with facing(script, read_timeout_s=0.1, total_timeout_s=0.3) as (_, upstream):
+    async with facing(script, read_timeout_s=0.7, total_timeout_s=1.0) as (_, upstream):
         with fails(UpstreamTimeout, "^the provider did not end its answer in time$", sent=True):
             await ask(upstream)
 
