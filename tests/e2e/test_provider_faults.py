@@ -53,7 +53,7 @@ def started(driver, folder, url):
         RATE_TEAM=0,
         CAP_USER=CAPACITY,
         RATE_USER=0,
-        TOKENGUARD_READ_TIMEOUT_S="0.5",
+        TOKENGUARD_READ_TIMEOUT_S="1",
         TOKENGUARD_CONNECT_TIMEOUT_S="0.5",
     )
 
