@@ -6,6 +6,7 @@ from tempfile import TemporaryFile
 
 import pytest
 
+from tests.crew import Worker
 from tests.house import ALICE, MODEL, NOW_US
 from tests.mirror import Mirror
 from tests.watched import Watched, looks, spends, spends_of
@@ -114,6 +115,29 @@ def test_all_processes_tell_of_others_and_one_logs_it(caplog):
         backend.table.hold_row(backend.table.held_row, NOBODY, 1)
     spends_of(crew[2:], 300, 900)
     assert len(caplog.messages) == 3
+
+
+def test_one_of_two_processes_that_find_others_at_once_logs_it():
+    """Each says that it tells, and looks whether another one does, before that one looks."""
+    table, name = BucketTable(16), Watched().budget.name
+    steps = table.shared(b"in step.")
+
+    def find():
+        workers.join(table)
+        others, logged = Others(MemoryBackend(table)), []
+        for step in range(400):
+            steps.add(0, 1)
+            while steps.get(0) < 2 * (step + 1):
+                pass
+            logged.append(others._is_first(name, step % 2 == 0))
+        return logged[::2]
+
+    with Worker(find) as one, Worker(find) as other:
+        one.go()
+        other.go()
+        logged = [a + b for a, b in zip(one.answer(), other.answer(), strict=True)]
+
+    assert logged == [1] * 200
 
 
 def test_process_that_follows_a_limit_no_more_tells_nobody_of_others(caplog):

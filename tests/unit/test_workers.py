@@ -7,7 +7,7 @@ import pytest
 
 from tests.crew import Worker
 from tokenguard._bucket import MAX_ROWS, MAX_SHARED, BucketTable, Shared
-from tokenguard.backends.workers import STATES, _began, counted, join, leave, living
+from tokenguard.backends.workers import STATES, TELLS, _began, counted, join, leave, living, state
 
 CALLS, IN_FLIGHT = b"calls", STATES[0]
 ME = os.getpid
@@ -203,6 +203,15 @@ def test_more_processes_than_rows_count_all_the_same(table):
 
     assert table.rows() == rows
     assert told(table)[0] == 7
+
+
+def test_what_the_dead_told_the_log_is_not_told_by_the_next_in_its_row(table):
+    """Whoever takes the row over has told nothing yet."""
+    for number in (1, None):
+        with Worker(lambda n=number: (join(table), n and state(table, TELLS + b"it", n), table.tallies())) as worker:
+            worker.go()
+            rows = worker.answer()[2][TELLS + b"it"]
+        assert sum(rows) == (number or 0)
 
 
 def test_row_out_of_bounds_is_refused(table):

@@ -9,8 +9,8 @@ from contextlib import suppress
 from itertools import islice
 
 from tokenguard.backends import Backend
-from tokenguard.backends.workers import living, state
-from tokenguard.errors import BackendDown
+from tokenguard.backends.workers import TELLS, changing, living, state
+from tokenguard.errors import BackendDown, TableBusy
 from tokenguard.headroom import Headroom
 from tokenguard.model import BucketName, Budget, Meter
 from tokenguard.provider_limits.forked import ForkedLock
@@ -41,9 +41,6 @@ SHARED = "others"
 """What nodes say of it is known by this name."""
 SHARED_S = 30.0
 """How long that holds; it is said anew more often."""
-
-_TELLS = b"provider_others_told\x1f"
-"""The tallies of whether a process tells of a limit."""
 
 _log = logging.getLogger("tokenguard")
 
@@ -115,12 +112,14 @@ class Others:
     def _is_first(self, name: BucketName, is_told: bool) -> bool:
         """Say whether this process tells of a limit; return whether no other one of the node does."""
         table = self._backend.table
-        tells, names = _TELLS + name.digest.hex().encode(), table.tallies()
-        if tells not in names and sum(one.startswith(_TELLS) for one in names) >= MAX_SHARED:
-            return True
-        state(table, tells, int(is_told))
-        rows = table.tallies().get(tells)
-        return rows is None or not any(rows[row] for row in living(table).keys() - {table.held_row})
+        tells = TELLS + name.digest.hex().encode()
+        with suppress(TableBusy), changing(table):  # of two who say so at once, one is first
+            names = table.tallies()
+            if tells in names or sum(one.startswith(TELLS) for one in names) < MAX_SHARED:
+                state(table, tells, int(is_told))
+                rows = table.tallies().get(tells)
+                return rows is None or not any(rows[row] for row in living(table).keys() - {table.held_row})
+        return True
 
     def _shared(self, here: dict[str, int]) -> dict[str, int]:
         """Tell other nodes what this one finds; return what they do, all together."""
