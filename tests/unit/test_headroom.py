@@ -389,7 +389,7 @@ def test_level_is_below_the_providers_once_all_is_heard(seed):
 @pytest.mark.parametrize("counting", ["openai", "azure", "usage"])
 @pytest.mark.parametrize("long", [0.0, 0.3])
 def test_hardly_a_call_is_refused_upstream_and_the_grant_is_used(counting, processes, long):
-    """Under three times the limit, over 90 % of it is used, and under 1 % of the calls is refused by the provider."""
+    """Under three times the limit, over 90 % of it is used, and under 1 % of the calls is refused upstream."""
     forwarded = refused = used = 0
     for seed in range(3):
         mirror = Mirror(seed, counting, processes=processes, long=long)
