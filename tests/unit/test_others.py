@@ -47,7 +47,7 @@ def test_others_are_told_of_once_they_have_spent_for_long(others, caplog):
 
     assert spends(others, watched, 270, 500, start_s=30)["m"] == pytest.approx(30_000, rel=0.05)
     (line,) = caplog.messages
-    assert line.startswith("somebody else uses the provider's key: of m about 29")
+    assert line.startswith("somebody else uses the provider's key: of m about 30000")
     assert "tokens per minute" in line
     assert looks(others, watched, now_s=900) == {}
 
@@ -69,6 +69,18 @@ def test_little_is_not_worth_telling(others):
     """Less than a tenth of the limit, or than a thousand tokens per minute, is none."""
     assert spends(others, Watched(), 300, 80) == {}
     assert spends(others, Watched(1000, "small"), 300, 10) == {}
+
+
+def test_process_with_few_calls_tells_no_more_than_others_spend(others):
+    """What an answer tells after minutes was spent in all of them, and not just now."""
+    watched, told = Watched(), []
+    watched.spend(0)
+    for step in range(300):
+        if step % 30 == 29:
+            watched.spend(150_000)
+        told.append(looks(others, watched, now_s=10 * step).get("m", 0))
+
+    assert 0 < max(told) < 30_000
 
 
 def test_what_is_given_back_was_nobody_elses(others):

@@ -10,6 +10,7 @@ from itertools import islice
 
 from tokenguard.backends import Backend
 from tokenguard.backends.workers import TELLS, changing, living, state
+from tokenguard.drift import Drift
 from tokenguard.errors import BackendDown, TableBusy
 from tokenguard.headroom import Headroom
 from tokenguard.model import BucketName, Budget, Meter
@@ -81,11 +82,11 @@ class Others:
             before, self._spending = self._spending, {}
             lasting_s = 3 * LASTING_S if self._elsewhere else LASTING_S
             for budget, room in followed:
-                if not room.known or room.drift.in_windows:
+                if room.drift.heard is None or room.drift.in_windows:
                     continue
                 name, known_by = budget.name, budget.name.digest.hex()
-                spending = self._spending[name] = before.get(name) or _Spending(budget, room.drift.missed, now_s)
-                part = spending.add(room.drift.missed, now_s)
+                spending = self._spending[name] = before.get(name) or _Spending(budget, room.drift, now_s)
+                part = spending.add(room.drift, now_s)
                 rate = part + self._elsewhere.get(known_by, 0)
                 was_told, is_told = spending.told, spending.is_told(budget, rate, now_s, lasting_s)
                 if is_told:
@@ -143,25 +144,29 @@ class _Spending:
         told: Whether it was worth telling when that was asked last.
     """
 
-    def __init__(self, budget: Budget, missed: int, now_s: float) -> None:
+    def __init__(self, budget: Budget, drift: Drift, now_s: float) -> None:
         self._averaged_s = AVERAGED_S[window_of(budget) > MINUTE_S]
-        self._missed = missed
+        self._missed = drift.missed
+        self._heard = drift.heard
         self._began_s = self._at_s = now_s
         self._in_all = 0.0
         self._seen_s = 0.0
         self._notable_s: float | None = None
         self.told = False
 
-    def add(self, missed: int, now_s: float) -> float:
+    def add(self, drift: Drift, now_s: float) -> float:
         """Take in what the provider has counted beyond our charges; return the rate per minute.
 
-        What began just now counts as if it had always been so.
+        What began just now counts as if it had always been so. What is heard of after a while was spent all the
+        while: to a process that has few calls, an answer tells what minutes have brought.
         """
-        fading = math.exp(-(now_s - self._at_s) / self._averaged_s)
-        self._in_all = self._in_all * fading + (missed - self._missed) * math.sqrt(fading)  # since half the time
-        self._missed, self._at_s = missed, now_s
+        passed = (now_s - self._at_s) / self._averaged_s
+        in_all = self._in_all * math.exp(-passed)
+        if drift.heard is not self._heard and passed > 0:
+            in_all += (drift.missed - self._missed) * -math.expm1(-passed) / passed
+            self._in_all, self._at_s, self._missed, self._heard = in_all, now_s, drift.missed, drift.heard
         self._seen_s = max(1.0, self._averaged_s * -math.expm1(-(now_s - self._began_s) / self._averaged_s))
-        return self._in_all * 60 / self._seen_s
+        return in_all * 60 / self._seen_s
 
     def is_told(self, budget: Budget, rate: float, now_s: float, lasting_s: float) -> bool:
         """Return whether a rate is worth telling: what is notable has to last, for calls overtake each other."""
