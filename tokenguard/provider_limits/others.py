@@ -40,8 +40,8 @@ MAX_SHARED = 32
 
 SHARED = "others"
 """What nodes say of it is known by this name."""
-SHARED_S = 30.0
-"""How long that holds; it is said anew more often."""
+SHARED_S = 60.0
+"""How long that holds; it is said anew every time that something is heard of."""
 
 _log = logging.getLogger("tokenguard")
 
@@ -99,7 +99,8 @@ class Others:
                         rate,
                         name.meter,
                     )
-                if part >= SUSPECTED_PART * _notable(budget) or known_by in self._elsewhere:
+                is_suspected = part >= SUSPECTED_PART * _notable(budget) or known_by in self._elsewhere
+                if spending.is_news and is_suspected:  # else another process of the node may know more
                     here[known_by] = round(part)
             for name in before.keys() - self._spending.keys():
                 if before[name].told:
@@ -124,16 +125,11 @@ class Others:
 
     def _shared(self, here: dict[str, int]) -> dict[str, int]:
         """Tell other nodes what this one finds; return what they do, all together."""
-        text = " ".join(f"{known_by}={part}" for known_by, part in here.items())
-        try:
-            said = self._backend.share(SHARED, text, SHARED_S)
-        except BackendDown:
-            return {}
         elsewhere: dict[str, int] = {}
-        for word in " ".join(said).split():
-            known_by, _, part = word.partition("=")
-            with suppress(ValueError):
-                elsewhere[known_by] = elsewhere.get(known_by, 0) + int(part)
+        if self._spending:
+            with suppress(BackendDown):
+                for known_by, part in self._backend.share(SHARED, here, SHARED_S):
+                    elsewhere[known_by] = elsewhere.get(known_by, 0) + part
         return elsewhere
 
 
@@ -141,6 +137,7 @@ class _Spending:
     """What others spend of one limit, averaged so that what is long past counts less and less.
 
     Attributes:
+        is_news: Whether an answer was heard of between the last two looks.
         told: Whether it was worth telling when that was asked last.
     """
 
@@ -152,6 +149,7 @@ class _Spending:
         self._in_all = 0.0
         self._seen_s = 0.0
         self._notable_s: float | None = None
+        self.is_news = False
         self.told = False
 
     def add(self, drift: Drift, now_s: float) -> float:
@@ -162,7 +160,8 @@ class _Spending:
         """
         passed = (now_s - self._at_s) / self._averaged_s
         in_all = self._in_all * math.exp(-passed)
-        if drift.heard is not self._heard and passed > 0:
+        self.is_news = drift.heard is not self._heard and passed > 0
+        if self.is_news:
             in_all += (drift.missed - self._missed) * -math.expm1(-passed) / passed
             self._in_all, self._at_s, self._missed, self._heard = in_all, now_s, drift.missed, drift.heard
         self._seen_s = max(1.0, self._averaged_s * -math.expm1(-(now_s - self._began_s) / self._averaged_s))
