@@ -1,6 +1,7 @@
 """What one node learns of the provider, and what it is asked to wait for, holds for all nodes of a Redis."""
 
 import threading
+import time
 
 import pytest
 
@@ -182,6 +183,21 @@ def test_nobody_may_while_redis_is_away(redis):
 
         with pytest.raises(BackendDown):
             node.backend.claim("it", 60, NOW_S)
+
+
+def test_nothing_is_waited_for_while_redis_is_known_to_be_away(redis):
+    """Gates are opened by the same thread."""
+    with HastyNode(redis.url, {}) as node:
+        node.reserve(1)
+        redis.freeze()
+        node.goes_down()
+
+        before_s = time.monotonic()
+        for ask in (lambda: node.backend.claim("it", 60, NOW_S), lambda: node.backend.share("it", {}, 60)) * 5:
+            with pytest.raises(BackendDown):
+                ask()
+        assert time.monotonic() - before_s < 5 * HastyNode.timeout_s
+        redis.thaw()
 
 
 # --- what nodes tell each other -----------------------------------------------------------------------------

@@ -334,6 +334,8 @@ class RedisBackend:
         lane = self._lane()
         await lane.ready()
         try:
+            if lane.trouble is not None:
+                raise LinkLost(lane.trouble)
             return await lane.run(script, (key,), args)
         except LinkLost as error:
             raise BackendDown("Nothing can be agreed on with the other nodes", str(error)) from None
