@@ -265,6 +265,17 @@ def test_numbers_for_which_there_is_no_room_are_somebody_s_own(table):
     assert Shared().add(0, 1) == Shared().add(0, 1) == 1
 
 
+def test_numbers_that_were_forgotten_are_zero_again(table):
+    """There is room for other keys then, and whoever has one begins anew."""
+    for number in range(MAX_SHARED):
+        table.shared(number.to_bytes(8)).set(6, 1)
+    table.forget_shared()
+    table.shared(b"a number").add(0, 1)
+
+    assert [table.shared(b"a number").get(i) for i in range(7)] == [1, 0, 0, 0, 0, 0, 0]
+    assert [table.shared(bytes(8)).get(i) for i in range(7)] == [0] * 7
+
+
 @pytest.mark.parametrize("key", [b"", b"seven..", b"nine....."])
 def test_key_of_another_length_is_refused(table, key):
     """Eight bytes, no more and no fewer."""
