@@ -368,6 +368,13 @@ class BucketTable:
             ValueError: The key has another length.
         """
 
+    def forget_shared(self) -> None:
+        """Begin anew with the numbers of all keys, which nobody must have any more.
+
+        Raises:
+            TableBusy: The lock was held by somebody else for over a second; nothing was changed.
+        """
+
     def rows(self) -> list[tuple[int, int]]:
         """Return whose the rows are: process id and when it began, 0 and 0 for nobody's."""
 

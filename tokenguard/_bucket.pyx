@@ -26,7 +26,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.long cimport PyLong_AsLongLong
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Malloc
 from libc.stdint cimport INT64_MAX, int64_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy, memset
 
 from tokenguard.errors import StaleHandle, TableBusy, TableFull
 
@@ -641,6 +641,7 @@ cdef class BucketTable:
         else:
             i = known
             if known < SHARED:
+                memset(&self.table.shared[i], 0, sizeof(Common))
                 memcpy(self.table.shared[i].key, <char *>key, KEY_BYTES)
                 tg_point()
                 set_word(&self.table, &self.table.header.shared, known + 1)
@@ -649,6 +650,11 @@ cdef class BucketTable:
             shared.table = self
             shared.numbers = self.table.shared[i].numbers
         return shared
+
+    def forget_shared(self):
+        self.lock()
+        set_word(&self.table, &self.table.header.shared, 0)
+        self.unlock()
 
     def rows(self):
         return [(self.table.rows[row].pid, self.table.rows[row].began) for row in range(ROWS)]

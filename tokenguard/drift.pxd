@@ -24,11 +24,11 @@ cdef class Charge:
 @cython.final
 cdef class Drift:
     cdef readonly long long missed
+    cdef readonly Charge heard
     cdef readonly bint in_windows
     cdef Shared _shared
     cdef long long _limit
     cdef long long _number
-    cdef Charge _heard
     cdef list _answered
 
     cpdef hold(self, long long limit)

@@ -69,17 +69,18 @@ class Drift:
     Attributes:
         missed: How many tokens the provider counted beyond our charges, in all; what it did not count of those is
             taken off.
+        heard: The latest call of this process whose answer told what remained.
         in_windows: Whether the provider counts in windows, and has no bucket that fills all the time: then none of
             this holds.
     """
 
     def __init__(self, shared: Shared) -> None:
         self.missed = 0
+        self.heard: Charge | None = None
         self.in_windows = False
         self._shared = shared
         self._limit = _AMPLE
         self._number = 0
-        self._heard: Charge | None = None
         self._answered: list[Charge | None] = [None] * _REMEMBERED
 
     def hold(self, limit: int) -> None:
@@ -107,7 +108,7 @@ class Drift:
         """Take in what remained when the provider counted a call; see ``Headroom.told``."""
         self.in_windows = in_windows
         charge.above = remaining - charge.level + charge.moved
-        heard = self._heard
+        heard = self.heard
         full = remaining + charge.cost >= self._limit
         shown = self._shared.get(_SHOWN)
         if shown < _BELIEVED:
@@ -118,7 +119,7 @@ class Drift:
             self.missed += heard.above - charge.above
             if shown >= _BELIEVED:
                 self.missed += charge.surplus - heard.surplus
-        self._heard = charge
+        self.heard = charge
 
     def _compare(self, charge: Charge, full: bool, shown: int) -> None:
         """Look at whether the provider counts the least: once that is believed, it is for good."""

@@ -11,7 +11,6 @@ cdef double PERIOD_S, REST_S
 
 @cython.final
 cdef class Headroom:
-    cdef readonly bint known
     cdef readonly long long kept
     cdef readonly bint is_slow
     cdef readonly Drift drift
@@ -19,7 +18,7 @@ cdef class Headroom:
 
     cpdef hold(self, long long limit, long long kept, bint is_slow=*)
     cpdef Charge charge(self, long long level, long long cost)
-    @cython.locals(moved="long long", room="long long", before="long long", fewer="long long")
+    @cython.locals(heard="long long", moved="long long", room="long long", before="long long", fewer="long long")
     cpdef told(self, long long remaining, Charge charge, bint in_windows=*)
     @cython.locals(given="long long")
     cpdef give(self, long long cost, long long kept)

@@ -23,7 +23,7 @@ _OVERDONE = 2
 _AMPLE = 2**52
 _MOVED, _TOP, _HEARD = range(4, 7)
 """The numbers that are shared, beside the drift's: see ``moved``; the headroom that there would be without it; and
-the latest call that was heard of."""
+the latest call that was heard of, 0 before there is one."""
 
 PERIOD_S = 2.0
 """Calls are counted for so long at a time."""
@@ -40,7 +40,6 @@ class Headroom:
         shared: What all processes of a node know of it; by default this one alone does.
 
     Attributes:
-        known: Whether the provider has told this process what remains.
         kept: By so many tokens at most it is lowered beyond what was too high.
         is_slow: Whether it takes so long to fill that no answer alone is to empty it: one that errs would hold
             calls back for hours. Then it is lowered by half of what is too high at a time.
@@ -48,7 +47,6 @@ class Headroom:
     """
 
     def __init__(self, shared: Shared | None = None) -> None:
-        self.known = False
         self.kept = _AMPLE
         self.is_slow = False
         self._shared = Shared() if shared is None else shared
@@ -81,7 +79,8 @@ class Headroom:
             in_windows: Whether the provider seems to count in windows.
         """
         self.drift.told(remaining, charge, in_windows)
-        if charge.turn < self._shared.get(_HEARD):
+        heard = self._shared.get(_HEARD)
+        if charge.turn < heard:
             return 0  # it is of the past
         self._shared.set(_HEARD, charge.turn)
         moved = self._shared.get(_MOVED)
@@ -92,10 +91,9 @@ class Headroom:
             else:
                 fewer = -room + min(-room * (_OVERDONE - 1), self.kept)
             self._shared.add(_MOVED, -fewer)
-        elif self.known and room > before:
+        elif heard > 0 and room > before:
             room = before + (room - before) // _RISE
         self._shared.set(_TOP, room + moved)
-        self.known = True
         return fewer
 
     def give(self, cost: int, kept: int) -> int:

@@ -128,7 +128,7 @@ class Plan:
             cost = costs[self.tokens_at]
             if unsent:
                 room.gave(cost)
-            elif room.known and heard:
+            elif heard:
                 given = room.give(cost, room.kept)
             else:
                 room.gave(cost - tokens)

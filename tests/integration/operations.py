@@ -182,6 +182,13 @@ def changes() -> dict[str, Operation]:
         "load": Operation(load(b"".join(loaded)), furnished(), steps=tuple(map(load, loaded))),
         "tally": Operation(tally, furnished()),
         "share": Operation(lambda table: table.shared(b"a number"), furnished()),
+        "share no more": Operation(
+            BucketTable.forget_shared, furnished(lambda table: table.shared(b"a number").set(0, 1))
+        ),
+        "share in another's place": Operation(
+            lambda table: table.shared(b"another."),
+            furnished(lambda table: table.shared(b"a number").set(0, 1), BucketTable.forget_shared),
+        ),
         "hold a row": Operation(
             lambda table: table.hold_row(3, 4711, 815, (b"calls", b"refusals", b"open")),
             furnished(),

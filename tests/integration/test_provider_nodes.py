@@ -1,13 +1,14 @@
 """What one node learns of the provider, and what it is asked to wait for, holds for all nodes of a Redis."""
 
 import threading
+import time
 
 import pytest
 
 from tests.house import MODEL, grant, named
 from tests.mirror import learned
 from tests.nodes import HastyNode, Node
-from tests.watched import Watched, spends, spends_of
+from tests.watched import Watched, looks, spends, spends_of
 from tokenguard.errors import BackendDown
 from tokenguard.headroom import Pace
 from tokenguard.limiter import Reservation
@@ -184,28 +185,43 @@ def test_nobody_may_while_redis_is_away(redis):
             node.backend.claim("it", 60, NOW_S)
 
 
+def test_nothing_is_waited_for_while_redis_is_known_to_be_away(redis):
+    """Gates are opened by the same thread."""
+    with HastyNode(redis.url, {}) as node:
+        node.reserve(1)
+        redis.freeze()
+        node.goes_down()
+
+        before_s = time.monotonic()
+        for ask in (lambda: node.backend.claim("it", 60, NOW_S), lambda: node.backend.share("it", {}, 60)) * 5:
+            with pytest.raises(BackendDown):
+                ask()
+        assert time.monotonic() - before_s < 5 * HastyNode.timeout_s
+        redis.thaw()
+
+
 # --- what nodes tell each other -----------------------------------------------------------------------------
 
 
-def test_nodes_know_what_the_others_say(pair):
-    """What a node says holds in place of what it said before, and nobody hears himself."""
+def test_nodes_know_what_the_others_tell(pair):
+    """A number holds in place of the one before it, beside others of the node, and nobody hears himself."""
     a, b = pair
-    assert a.backend.share("it", "one", 60) == []
-    assert b.backend.share("it", "two words", 60) == ["one"]
-    assert b.backend.share("that", "", 60) == []
-    assert a.backend.share("it", "three", 60) == ["two words"]
-    assert b.backend.share("it", "", 60) == ["three"]
-    assert a.backend.share("it", "", 60) == []
+    assert a.backend.share("it", {"one": 1}, 60) == []
+    assert b.backend.share("it", {"one": 10, "two words": -(2**62)}, 60) == [("one", 1)]
+    assert b.backend.share("that", {}, 60) == []
+    assert sorted(a.backend.share("it", {"one": 2}, 60)) == [("one", 10), ("two words", -(2**62))]
+    assert a.backend.share("it", {"three": 3}, 60)
+    assert sorted(b.backend.share("it", {}, 60)) == [("one", 2), ("three", 3)]
 
 
-def test_what_a_node_says_ends_with_its_time(pair):
+def test_what_a_node_tells_ends_with_its_time(pair):
     """It may be no more."""
     a, b = pair
-    a.backend.share("it", "one", 0.001)
+    a.backend.share("it", {"one": 1}, 0.001)
     for _ in range(1000):
-        if not b.backend.share("it", "", 60):
+        if not b.backend.share("it", {}, 60):
             break
-    assert b.backend.share("it", "", 60) == []
+    assert b.backend.share("it", {}, 60) == []
 
 
 def test_nodes_add_up_what_each_sees_of_others(pair, caplog):
@@ -216,6 +232,22 @@ def test_nodes_add_up_what_each_sees_of_others(pair, caplog):
 
     assert spends_of(crew, 300) == [{"m": pytest.approx(10_800, rel=0.05)}] * 2
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+
+
+def test_worker_that_hears_nothing_leaves_what_its_node_tells(pair):
+    """What another worker of the node sees counts all the same, whichever of them told Redis last."""
+    first, second = pair
+    crew = [(Others(node.backend), Watched(), per_s) for node, per_s in ((first, 90), (first, 0), (second, 90))]
+    for _, watched, _ in crew:
+        watched.spend(0)
+    for step in range(1, 3001):
+        for _, watched, per_s in crew:
+            if per_s:
+                watched.spend(per_s // 10)
+        if step % 100 == 0:
+            told = [looks(others, watched, now_s=step / 10) for others, watched, _ in crew]
+
+    assert told == [{"m": pytest.approx(10_800, rel=0.05)}, {}, {"m": pytest.approx(10_800, rel=0.05)}]
 
 
 def test_node_without_redis_tells_what_it_sees_itself(redis):
@@ -232,11 +264,13 @@ def test_node_without_redis_tells_what_it_sees_itself(redis):
         assert spends_of(crew[:1], 10, 310)[0]["m"] == pytest.approx(30_000, rel=0.05)
 
 
-def test_what_another_version_says_is_passed_over(pair):
+def test_what_another_version_tells_is_passed_over(pair, shared):
     """Whatever it may be."""
-    a, b = pair
-    b.backend.share(SHARED, "{} what=else = x=1=2 short=500", 60)
-    others, watched = Others(a.backend), Watched()
+    node, _ = pair
+    told = {"": "", "alone": "1", "a node": "9999999999999999 many", b"\xff \xff": "9999999999999999 1"}
+    with shared.client() as client:
+        client.hset(node.backend._realm.share_key(SHARED), mapping=told)
+    others, watched = Others(node.backend), Watched()
     watched.spend(0)
 
     assert spends(others, watched, 150, 500)["m"] == pytest.approx(30_000, rel=0.05)

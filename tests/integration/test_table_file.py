@@ -214,6 +214,22 @@ def test_table_that_others_left_keeps_budgets_and_levels(path, caplog):
     assert caplog.messages == []
 
 
+def test_what_others_knew_of_the_provider_is_forgotten(path):
+    """It is of calls that are no more, and who comes next may ask another provider; whoever joins him knows it."""
+
+    def know():
+        with opened(path) as one, opened(path) as other:
+            return [backend.table.shared(b"a number").add(3, 64) for backend in (one, other)]
+
+    known = []
+    for _ in range(2):
+        with Worker(know) as worker:
+            worker.go()
+            known.append(worker.answer())
+
+    assert known == [[64, 128]] * 2
+
+
 def header(path, **fields):
     """Write other values into a file's header."""
     offsets = {"magic": 0, "layout": 8, "mark": 16}

@@ -8,10 +8,11 @@ from tests.house import ALICE, MODEL, NOW_US, House, grant, named
 from tests.mirror import Mirror, learned
 from tests.strategies import properties
 from tokenguard._bucket import Shared
+from tokenguard.backends.memory import MemoryBackend
 from tokenguard.headroom import MAX_MODELS, Headroom, Pace
-from tokenguard.limiter import Reservation
+from tokenguard.limiter import Limiter, Reservation
 from tokenguard.model import Budget, Meter, Source
-from tokenguard.plan import GATE_COST, Plan
+from tokenguard.plan import GATE_COST, Plan, Plans
 from tokenguard.provider_limits.gates import gate_of
 
 # --- one bucket, by example ---------------------------------------------------------------------------------
@@ -27,7 +28,7 @@ def test_less_than_we_think_lowers_our_level():
     room = Headroom()
 
     assert told(room, 900, 1000) == 200
-    assert (room.known, room.moved) == (True, -200)
+    assert room.moved == -200
 
 
 def test_level_is_lowered_by_what_is_missing_and_what_is_kept_at_most():
@@ -166,6 +167,16 @@ def test_processes_of_a_node_hear_in_one_order():
     assert one.moved == 0
 
 
+def test_process_that_comes_late_knows_what_the_others_do():
+    """Its first answer, too, is believed little by little where it tells of more."""
+    shared = Shared()
+    told(Headroom(shared), 1000, 1000)
+    late = Headroom(shared)
+    told(late, 1400, 1000)
+
+    assert late.give(1000, 0) == 100
+
+
 @properties
 @given(
     st.lists(
@@ -298,6 +309,18 @@ def test_less_than_we_think_lowers_only_the_bucket_that_was_told_of():
     assert asks(house, 0, 1, 1).lowering(-1, 40) == (0, 9, 0)
 
 
+def test_process_that_is_told_of_the_past_gives_back_what_the_others_know_of():
+    """To whom it has not told anything newer, the provider has still told of this very call."""
+    house = house_of(learned(10_000))
+    other = Limiter(MemoryBackend(house.table), Plans(MemoryBackend(house.table), {}))
+    call = other.reserve(ALICE, MODEL, 10, 300, 900, now_us=NOW_US)
+    asks(house, 10, 300, 900).lowering(8200, -1)
+    assert call.lowering(9100, -1) is None
+    other.settle(call, 40, NOW_US)
+
+    assert level_of(house, Source.HEADERS) == 8200
+
+
 def test_call_whose_answer_tells_nothing_goes_by_its_usage():
     """Where header fields go missing, what calls took is all that is known."""
     house = house_of(learned(10_000))
@@ -389,7 +412,7 @@ def test_level_is_below_the_providers_once_all_is_heard(seed):
 @pytest.mark.parametrize("counting", ["openai", "azure", "usage"])
 @pytest.mark.parametrize("long", [0.0, 0.3])
 def test_hardly_a_call_is_refused_upstream_and_the_grant_is_used(counting, processes, long):
-    """Under three times the limit, over 90 % of it is used, and the provider refuses under 1 % of the calls."""
+    """Under three times the limit, over 90 % of it is used, and under 1 % of the calls is refused upstream."""
     forwarded = refused = used = 0
     for seed in range(3):
         mirror = Mirror(seed, counting, processes=processes, long=long)

@@ -15,8 +15,8 @@ FLOORS = [
     {"exchange", "provider_limits", "upstream", "config", "demo"},
     {"limiter", "budgets", "estimate", "providers", "refusal", "_refusal", "metrics", "logs", "_heads"},
     {"plan", "backends"},
-    {"_bucket", "_limit_fields", "arithmetic", "headroom"},
-    {"model", "errors", "jsontext", "sizing", "drift", "account", "_fields", "_version"},
+    {"_bucket", "_limit_fields", "arithmetic", "headroom", "drift"},
+    {"model", "errors", "jsontext", "sizing", "account", "_fields", "_version"},
 ]
 """The rooms of DESIGN section 3, from the roof down; "" is the package itself: its public names."""
 

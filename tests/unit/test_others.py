@@ -6,6 +6,7 @@ from tempfile import TemporaryFile
 
 import pytest
 
+from tests.crew import Worker
 from tests.house import ALICE, MODEL, NOW_US
 from tests.mirror import Mirror
 from tests.watched import Watched, looks, spends, spends_of
@@ -46,7 +47,7 @@ def test_others_are_told_of_once_they_have_spent_for_long(others, caplog):
 
     assert spends(others, watched, 270, 500, start_s=30)["m"] == pytest.approx(30_000, rel=0.05)
     (line,) = caplog.messages
-    assert line.startswith("somebody else uses the provider's key: of m about 29")
+    assert line.startswith("somebody else uses the provider's key: of m about 30000")
     assert "tokens per minute" in line
     assert looks(others, watched, now_s=900) == {}
 
@@ -68,6 +69,18 @@ def test_little_is_not_worth_telling(others):
     """Less than a tenth of the limit, or than a thousand tokens per minute, is none."""
     assert spends(others, Watched(), 300, 80) == {}
     assert spends(others, Watched(1000, "small"), 300, 10) == {}
+
+
+def test_process_with_few_calls_tells_no_more_than_others_spend(others):
+    """What an answer tells after minutes was spent in all of them, and not just now."""
+    watched, told = Watched(), []
+    watched.spend(0)
+    for step in range(300):
+        if step % 30 == 29:
+            watched.spend(150_000)
+        told.append(looks(others, watched, now_s=10 * step).get("m", 0))
+
+    assert 0 < max(told) < 30_000
 
 
 def test_what_is_given_back_was_nobody_elses(others):
@@ -114,6 +127,29 @@ def test_all_processes_tell_of_others_and_one_logs_it(caplog):
         backend.table.hold_row(backend.table.held_row, NOBODY, 1)
     spends_of(crew[2:], 300, 900)
     assert len(caplog.messages) == 3
+
+
+def test_one_of_two_processes_that_find_others_at_once_logs_it():
+    """Each says that it tells, and looks whether another one does, before that one looks."""
+    table, name = BucketTable(16), Watched().budget.name
+    steps = table.shared(b"in step.")
+
+    def find():
+        workers.join(table)
+        others, logged = Others(MemoryBackend(table)), []
+        for step in range(400):
+            steps.add(0, 1)
+            while steps.get(0) < 2 * (step + 1):
+                pass
+            logged.append(others._is_first(name, step % 2 == 0))
+        return logged[::2]
+
+    with Worker(find) as one, Worker(find) as other:
+        one.go()
+        other.go()
+        logged = [a + b for a, b in zip(one.answer(), other.answer(), strict=True)]
+
+    assert logged == [1] * 200
 
 
 def test_process_that_follows_a_limit_no_more_tells_nobody_of_others(caplog):

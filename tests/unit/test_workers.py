@@ -7,7 +7,7 @@ import pytest
 
 from tests.crew import Worker
 from tokenguard._bucket import MAX_ROWS, MAX_SHARED, BucketTable, Shared
-from tokenguard.backends.workers import STATES, _began, counted, join, leave, living
+from tokenguard.backends.workers import STATES, TELLS, _began, counted, join, leave, living
 
 CALLS, IN_FLIGHT = b"calls", STATES[0]
 ME = os.getpid
@@ -205,6 +205,15 @@ def test_more_processes_than_rows_count_all_the_same(table):
     assert told(table)[0] == 7
 
 
+def test_what_the_dead_told_the_log_is_not_told_by_the_next_in_its_row(table):
+    """Whoever takes the row over has told nothing yet."""
+    for said in (1, 0):
+        with Worker(lambda said=said: (join(table), table.tally(TELLS + b"it").add(said))) as worker:
+            worker.go()
+            worker.answer()
+        assert sum(table.tallies()[TELLS + b"it"]) == said
+
+
 def test_row_out_of_bounds_is_refused(table):
     """There are 128 rows."""
     for row in (-1, MAX_ROWS):
@@ -254,6 +263,17 @@ def test_numbers_for_which_there_is_no_room_are_somebody_s_own(table):
 
     assert [table.shared(key).get(0) for key in keys] == [*range(MAX_SHARED), 0]
     assert Shared().add(0, 1) == Shared().add(0, 1) == 1
+
+
+def test_numbers_that_were_forgotten_are_zero_again(table):
+    """There is room for other keys then, and whoever has one begins anew."""
+    for number in range(MAX_SHARED):
+        table.shared(number.to_bytes(8)).set(6, 1)
+    table.forget_shared()
+    table.shared(b"a number").add(0, 1)
+
+    assert [table.shared(b"a number").get(i) for i in range(7)] == [1, 0, 0, 0, 0, 0, 0]
+    assert [table.shared(bytes(8)).get(i) for i in range(7)] == [0] * 7
 
 
 @pytest.mark.parametrize("key", [b"", b"seven..", b"nine....."])

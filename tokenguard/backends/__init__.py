@@ -72,13 +72,13 @@ class Backend(Protocol):
             BackendDown: Nobody can be asked.
         """
 
-    def share(self, what: str, text: str, for_s: float) -> list[str]:
-        """Let other nodes that share the budgets know a text for a while; return theirs.
+    def share(self, what: str, numbers: Mapping[str, int], for_s: float) -> list[tuple[str, int]]:
+        """Let other nodes that share the budgets know some numbers for a while; return theirs, with their names.
 
         Args:
-            what: What it is about.
-            text: What this node says of it, in place of what it said before; empty for nothing.
-            for_s: How long that holds.
+            what: What they are about.
+            numbers: By name, each in place of what this node told of it before; others still hold.
+            for_s: How long they hold.
 
         Raises:
             BackendDown: Nobody can be told.

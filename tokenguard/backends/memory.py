@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -98,8 +98,8 @@ class MemoryBackend:
             state(self.table, name, now_ms)
             return True
 
-    def share(self, what: str, text: str, for_s: float) -> list[str]:  # noqa: ARG002 - there is no other node
-        """Return what other nodes say: nothing."""
+    def share(self, what: str, numbers: Mapping[str, int], for_s: float) -> list[tuple[str, int]]:  # noqa: ARG002 - there is no other node
+        """Return what other nodes tell: nothing."""
         return []
 
     def refresh(self) -> None:

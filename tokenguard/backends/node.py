@@ -60,6 +60,8 @@ def _begin(
     file: StateFile | None, left: BucketTable | None, new: Callable[[bytes | None], BucketTable]
 ) -> BucketTable:
     """Return the table that others left behind, or a new one, in the state that was kept."""
+    if left is not None:
+        left.forget_shared()  # of calls that ended with them, and perhaps of another provider
     if file is None:
         if left is not None:
             _log.info("going on with the table that is there")

@@ -61,7 +61,7 @@ class Realm:
         return self._prefix + b"claim:" + what.encode()
 
     def share_key(self, what: str) -> bytes:
-        """Return the key under which nodes say something."""
+        """Return the key under which nodes tell each other numbers."""
         return self._prefix + b"share:" + what.encode()
 
     def bucket_key(self, name: BucketName) -> bytes:

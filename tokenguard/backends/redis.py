@@ -7,7 +7,7 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -315,21 +315,27 @@ class RedisBackend:
         run = self._run(CLAIM, self._realm.claim_key(what), str(int(for_s * 1000)))
         return bool(self._thread.run(run))
 
-    def share(self, what: str, text: str, for_s: float) -> list[str]:
-        """Let the other nodes know a text for a while; return theirs.
+    def share(self, what: str, numbers: Mapping[str, int], for_s: float) -> list[tuple[str, int]]:
+        """Let the other nodes know some numbers for a while; return theirs, with their names.
 
         Raises:
             BackendDown: Redis is not to be had.
         """
-        node = self.table.identity.hex()
-        run = self._run(SHARE, self._realm.share_key(what), node, str(int(for_s * 1e6)), text)
-        return [said.decode(errors="replace") for said in self._thread.run(run)]
+        told = [str(part) for pair in numbers.items() for part in pair]
+        key, node = self._realm.share_key(what), self.table.identity.hex()
+        theirs = self._thread.run(self._run(SHARE, key, node, str(int(for_s * 1e6)), *told))
+        return [
+            (name.decode(errors="replace"), int(number))
+            for name, number in zip(theirs[::2], theirs[1::2], strict=True)
+        ]
 
     async def _run(self, script: Script, key: bytes, *args: str) -> Any:  # noqa: ANN401 - as the script returns
         """Run what is nothing to buckets and budgets."""
         lane = self._lane()
         await lane.ready()
         try:
+            if lane.trouble is not None:
+                raise LinkLost(lane.trouble)
             return await lane.run(script, (key,), args)
         except LinkLost as error:
             raise BackendDown("Nothing can be agreed on with the other nodes", str(error)) from None

@@ -25,6 +25,9 @@ STATES = (
 ALIKE = b"provider_others_tokens_per_minute", b"provider_others_requests_per_minute"
 """Those in which all processes tell the same thing, as far as they know of it: the most counts."""
 
+TELLS = b"provider_others_told\x1f"
+"""How those begin that tell of what a process has the log know; they are states too."""
+
 _PROC = Path("/proc")
 _LISTENING = {"tcp": ("0A", 9), "tcp6": ("0A", 9), "unix": ("00010000", 6)}
 """For each kind of socket, how the kernel says that it listens, and which field of its line is the inode."""
@@ -57,7 +60,8 @@ def join(table: BucketTable) -> None:
             return
         free = (row for row, (pid, began) in enumerate(rows) if not _lives(pid, began))
         if (row := next(free, None)) is not None:
-            table.hold_row(row, os.getpid(), _began(os.getpid()) or 0, (*STATES, *ALIKE))
+            told = [name for name in table.tallies() if name.startswith(TELLS)]
+            table.hold_row(row, os.getpid(), _began(os.getpid()) or 0, (*STATES, *ALIKE, *told))
     _joined.add(table)
 
 

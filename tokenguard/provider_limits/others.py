@@ -9,8 +9,9 @@ from contextlib import suppress
 from itertools import islice
 
 from tokenguard.backends import Backend
-from tokenguard.backends.workers import living, state
-from tokenguard.errors import BackendDown
+from tokenguard.backends.workers import TELLS, changing, living, state
+from tokenguard.drift import Drift
+from tokenguard.errors import BackendDown, TableBusy
 from tokenguard.headroom import Headroom
 from tokenguard.model import BucketName, Budget, Meter
 from tokenguard.provider_limits.forked import ForkedLock
@@ -39,11 +40,8 @@ MAX_SHARED = 32
 
 SHARED = "others"
 """What nodes say of it is known by this name."""
-SHARED_S = 30.0
-"""How long that holds; it is said anew more often."""
-
-_TELLS = b"provider_others_told\x1f"
-"""The tallies of whether a process tells of a limit."""
+SHARED_S = 60.0
+"""How long that holds; it is said anew every time that something is heard of."""
 
 _log = logging.getLogger("tokenguard")
 
@@ -84,11 +82,11 @@ class Others:
             before, self._spending = self._spending, {}
             lasting_s = 3 * LASTING_S if self._elsewhere else LASTING_S
             for budget, room in followed:
-                if not room.known or room.drift.in_windows:
+                if room.drift.heard is None or room.drift.in_windows:
                     continue
                 name, known_by = budget.name, budget.name.digest.hex()
-                spending = self._spending[name] = before.get(name) or _Spending(budget, room.drift.missed, now_s)
-                part = spending.add(room.drift.missed, now_s)
+                spending = self._spending[name] = before.get(name) or _Spending(budget, room.drift, now_s)
+                part = spending.add(room.drift, now_s)
                 rate = part + self._elsewhere.get(known_by, 0)
                 was_told, is_told = spending.told, spending.is_told(budget, rate, now_s, lasting_s)
                 if is_told:
@@ -101,7 +99,8 @@ class Others:
                         rate,
                         name.meter,
                     )
-                if part >= SUSPECTED_PART * _notable(budget) or known_by in self._elsewhere:
+                is_suspected = part >= SUSPECTED_PART * _notable(budget) or known_by in self._elsewhere
+                if spending.is_news and is_suspected:  # else another process of the node may know more
                     here[known_by] = round(part)
             for name in before.keys() - self._spending.keys():
                 if before[name].told:
@@ -115,25 +114,22 @@ class Others:
     def _is_first(self, name: BucketName, is_told: bool) -> bool:
         """Say whether this process tells of a limit; return whether no other one of the node does."""
         table = self._backend.table
-        tells, names = _TELLS + name.digest.hex().encode(), table.tallies()
-        if tells not in names and sum(one.startswith(_TELLS) for one in names) >= MAX_SHARED:
-            return True
-        state(table, tells, int(is_told))
-        rows = table.tallies().get(tells)
-        return rows is None or not any(rows[row] for row in living(table).keys() - {table.held_row})
+        tells = TELLS + name.digest.hex().encode()
+        with suppress(TableBusy), changing(table):  # of two who say so at once, one is first
+            names = table.tallies()
+            if tells in names or sum(one.startswith(TELLS) for one in names) < MAX_SHARED:
+                state(table, tells, int(is_told))
+                rows = table.tallies().get(tells)
+                return rows is None or not any(rows[row] for row in living(table).keys() - {table.held_row})
+        return True
 
     def _shared(self, here: dict[str, int]) -> dict[str, int]:
         """Tell other nodes what this one finds; return what they do, all together."""
-        text = " ".join(f"{known_by}={part}" for known_by, part in here.items())
-        try:
-            said = self._backend.share(SHARED, text, SHARED_S)
-        except BackendDown:
-            return {}
         elsewhere: dict[str, int] = {}
-        for word in " ".join(said).split():
-            known_by, _, part = word.partition("=")
-            with suppress(ValueError):
-                elsewhere[known_by] = elsewhere.get(known_by, 0) + int(part)
+        if self._spending:
+            with suppress(BackendDown):
+                for known_by, part in self._backend.share(SHARED, here, SHARED_S):
+                    elsewhere[known_by] = elsewhere.get(known_by, 0) + part
         return elsewhere
 
 
@@ -141,28 +137,35 @@ class _Spending:
     """What others spend of one limit, averaged so that what is long past counts less and less.
 
     Attributes:
+        is_news: Whether an answer was heard of between the last two looks.
         told: Whether it was worth telling when that was asked last.
     """
 
-    def __init__(self, budget: Budget, missed: int, now_s: float) -> None:
+    def __init__(self, budget: Budget, drift: Drift, now_s: float) -> None:
         self._averaged_s = AVERAGED_S[window_of(budget) > MINUTE_S]
-        self._missed = missed
+        self._missed = drift.missed
+        self._heard = drift.heard
         self._began_s = self._at_s = now_s
         self._in_all = 0.0
         self._seen_s = 0.0
         self._notable_s: float | None = None
+        self.is_news = False
         self.told = False
 
-    def add(self, missed: int, now_s: float) -> float:
+    def add(self, drift: Drift, now_s: float) -> float:
         """Take in what the provider has counted beyond our charges; return the rate per minute.
 
-        What began just now counts as if it had always been so.
+        What began just now counts as if it had always been so. What is heard of after a while was spent all the
+        while: to a process that has few calls, an answer tells what minutes have brought.
         """
-        fading = math.exp(-(now_s - self._at_s) / self._averaged_s)
-        self._in_all = self._in_all * fading + (missed - self._missed) * math.sqrt(fading)  # since half the time
-        self._missed, self._at_s = missed, now_s
+        passed = (now_s - self._at_s) / self._averaged_s
+        in_all = self._in_all * math.exp(-passed)
+        self.is_news = drift.heard is not self._heard and passed > 0
+        if self.is_news:
+            in_all += (drift.missed - self._missed) * -math.expm1(-passed) / passed
+            self._in_all, self._at_s, self._missed, self._heard = in_all, now_s, drift.missed, drift.heard
         self._seen_s = max(1.0, self._averaged_s * -math.expm1(-(now_s - self._began_s) / self._averaged_s))
-        return self._in_all * 60 / self._seen_s
+        return in_all * 60 / self._seen_s
 
     def is_told(self, budget: Budget, rate: float, now_s: float, lasting_s: float) -> bool:
         """Return whether a rate is worth telling: what is notable has to last, for calls overtake each other."""

@@ -1,21 +1,24 @@
--- Lets each node know for a while what the others say of something.
+-- Lets each node know for a while what numbers the others tell.
 --
--- KEYS[1]  what they say: a hash of nodes to "until text", the time in µs
+-- KEYS[1]  what is told: a hash of "node name" to "until number", the time in µs
 -- ARGV[1]  the node that asks
--- ARGV[2]  for how many µs its text holds
--- ARGV[3]  its text, in place of the one before; empty for none
--- Returns  the others' texts
+-- ARGV[2]  for how many µs its numbers hold
+-- ARGV[3…] a name, its number, and so on: each in place of what the node told of it before
+-- Returns  the others' names and numbers: name, number, name, number, and so on
 
-local texts, said, now = {}, call('HGETALL', KEYS[1]), clock_us()
-for i = 1, #said, 2 do
-    local till, text = match(said[i + 1], '^(%d+) (.*)$')
-    if till and tonumber(till) > now and said[i] ~= ARGV[1] then
-        texts[#texts + 1] = text
-    elseif said[i] ~= ARGV[1] or ARGV[3] == '' then
-        call('HDEL', KEYS[1], said[i])
+local told, fields, now = {}, call('HGETALL', KEYS[1]), clock_us()
+for i = 1, #fields, 2 do
+    local node, name = match(fields[i], '^(%S+) (.+)$')
+    local till, number = match(fields[i + 1], '^(%d+) (%-?%d+)$')
+    if not till or tonumber(till) <= now then
+        call('HDEL', KEYS[1], fields[i])
+    elseif node and node ~= ARGV[1] then
+        told[#told + 1] = name
+        told[#told + 1] = number
     end
 end
-if ARGV[3] ~= '' then
-    call('HSET', KEYS[1], ARGV[1], format('%d %s', now + ARGV[2], ARGV[3]))
+for i = 3, #ARGV, 2 do
+    local field = format('%s %s', ARGV[1], ARGV[i])
+    call('HSET', KEYS[1], field, format('%d %s', now + ARGV[2], ARGV[i + 1]))
 end
-return texts
+return told
