@@ -16,7 +16,7 @@ from tokenguard.model import Decision, Identity, Meter, Source
 from tokenguard.provider_limits.background import Background
 from tokenguard.provider_limits.gates import Gates, gate_of
 from tokenguard.provider_limits.learned import Learned, Reading
-from tokenguard.provider_limits.others import SHARED, Others
+from tokenguard.provider_limits.others import TOPIC, Others
 
 NOW_S = 1_790_000_000.0
 
@@ -269,7 +269,7 @@ def test_what_another_version_tells_is_passed_over(pair, shared):
     node, _ = pair
     told = {"": "", "alone": "1", "a node": "9999999999999999 many", b"\xff \xff": "9999999999999999 1"}
     with shared.client() as client:
-        client.hset(node.backend._realm.share_key(SHARED), mapping=told)
+        client.hset(node.backend._realm.share_key(TOPIC), mapping=told)
     others, watched = Others(node.backend), Watched()
     watched.spend(0)
 

@@ -296,8 +296,8 @@ class ProviderLimits:
     def _sweep(self) -> None:
         self._background.after(SWEEP_S, self._sweep)
         self._gates.sweep([name for name in self._learned.current() if name.meter is Meter.GATE])
-        self._others.look(self._budgets.followed(), time.perf_counter())
         self._alarms.look(time.time())
+        self._others.look(self._budgets.followed(), time.perf_counter())
 
     # --- what is told of all that -----------------------------------------------------------------------------
 

@@ -35,12 +35,12 @@ AVERAGED_S = 60.0, 600.0
 SUSPECTED_PART = 0.25
 """Of so much of what is notable, the other nodes are told."""
 
-MAX_SHARED = 32
+MAX_TOLD = 32
 """Of so many limits."""
 
-SHARED = "others"
+TOPIC = "others"
 """What nodes say of it is known by this name."""
-SHARED_S = 60.0
+TOPIC_S = 60.0
 """How long that holds; it is said anew every time that something is heard of."""
 
 _log = logging.getLogger("tokenguard")
@@ -80,7 +80,6 @@ class Others:
             found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
             here: dict[str, int] = {}
             before, self._spending = self._spending, {}
-            lasting_s = 3 * LASTING_S if self._elsewhere else LASTING_S
             for budget, room in followed:
                 if room.drift.heard is None or room.drift.in_windows:
                     continue
@@ -88,6 +87,7 @@ class Others:
                 spending = self._spending[name] = before.get(name) or _Spending(budget, room.drift, now_s)
                 part = spending.add(room.drift, now_s)
                 rate = part + self._elsewhere.get(known_by, 0)
+                lasting_s = 3 * LASTING_S if known_by in self._elsewhere else LASTING_S
                 was_told, is_told = spending.told, spending.is_told(budget, rate, now_s, lasting_s)
                 if is_told:
                     found[name.meter][name.model or ""] = round(rate)
@@ -108,7 +108,7 @@ class Others:
             for meter, rates in found.items():
                 state(self._backend.table, OTHERS[meter], sum(rates.values()))
             self.found = found
-            self._elsewhere = self._shared(dict(islice(here.items(), MAX_SHARED)))
+            self._elsewhere = self._exchanged(dict(islice(here.items(), MAX_TOLD)))
         return found
 
     def _is_first(self, name: BucketName, is_told: bool) -> bool:
@@ -117,18 +117,18 @@ class Others:
         tells = TELLS + name.digest.hex().encode()
         with suppress(TableBusy), changing(table):  # of two who say so at once, one is first
             names = table.tallies()
-            if tells in names or sum(one.startswith(TELLS) for one in names) < MAX_SHARED:
+            if tells in names or sum(one.startswith(TELLS) for one in names) < MAX_TOLD:
                 state(table, tells, int(is_told))
                 rows = table.tallies().get(tells)
                 return rows is None or not any(rows[row] for row in living(table).keys() - {table.held_row})
         return True
 
-    def _shared(self, here: dict[str, int]) -> dict[str, int]:
+    def _exchanged(self, here: dict[str, int]) -> dict[str, int]:
         """Tell other nodes what this one finds; return what they do, all together."""
         elsewhere: dict[str, int] = {}
         if self._spending:
             with suppress(BackendDown):
-                for known_by, part in self._backend.share(SHARED, here, SHARED_S):
+                for known_by, part in self._backend.share(TOPIC, here, TOPIC_S):
                     elsewhere[known_by] = elsewhere.get(known_by, 0) + part
         return elsewhere
 
