@@ -141,7 +141,7 @@ def test_one_of_two_processes_that_find_others_at_once_logs_it():
             steps.add(0, 1)
             while steps.get(0) < 2 * (step + 1):
                 pass
-            logged.append(others._is_first(name, step % 2 == 0))
+            logged.append(others._is_first(name, 1 - step % 2))
         return logged[::2]
 
     with Worker(find) as one, Worker(find) as other:
@@ -150,6 +150,21 @@ def test_one_of_two_processes_that_find_others_at_once_logs_it():
         logged = [a + b for a, b in zip(one.answer(), other.answer(), strict=True)]
 
     assert logged == [1] * 200
+
+
+def test_process_without_calls_tells_what_the_others_do():
+    """Whichever worker answers, a node says the same, as long as whoever found it lives."""
+    backends = sharing(2)
+    crew = [(Others(backends[0]), Watched(), 500)]
+    idle, names = Others(backends[1]), [crew[0][1].budget.name]
+    spends_of(crew, 300)
+    looks(idle, now_s=300)
+
+    told = crew[0][0].told(names)
+    assert told == idle.told(names) == {Meter.TOKENS: {"m": pytest.approx(30_000, rel=0.05)}, Meter.REQUESTS: {}}
+    assert idle.told([]) == {Meter.TOKENS: {}, Meter.REQUESTS: {}}
+    backends[0].table.hold_row(0, NOBODY, 1)
+    assert idle.told(names) == {Meter.TOKENS: {}, Meter.REQUESTS: {}}
 
 
 def test_process_that_follows_a_limit_no_more_tells_nobody_of_others(caplog):

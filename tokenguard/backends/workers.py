@@ -26,7 +26,7 @@ ALIKE = b"provider_others_tokens_per_minute", b"provider_others_requests_per_min
 """Those in which all processes tell the same thing, as far as they know of it: the most counts."""
 
 TELLS = b"provider_others_told\x1f"
-"""How those begin that tell of what a process has the log know; they are states too."""
+"""How those begin that have what each process tells of a limit; they are states too."""
 
 _PROC = Path("/proc")
 _LISTENING = {"tcp": ("0A", 9), "tcp6": ("0A", 9), "unix": ("00010000", 6)}

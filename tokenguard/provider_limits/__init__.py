@@ -310,8 +310,9 @@ class ProviderLimits:
 
     def shown(self) -> dict[str, object]:
         """Return how things are with the provider, for ``GET /``."""
-        gates = sorted(name.model or "" for name in self._learned.current() if name.meter is Meter.GATE)
-        others = self._others.found
+        names = self._learned.current()
+        gates = sorted(name.model or "" for name in names if name.meter is Meter.GATE)
+        others = self._others.told(names)
         told = {
             "alarms": self._alarms.standing(time.time()),
             "heldBack": gates,

@@ -58,8 +58,6 @@ class Others:
     Args:
         backend: Shares the budgets.
 
-    Attributes:
-        found: Of which models others spend a notable amount, and about how much per minute.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -67,14 +65,17 @@ class Others:
         self._lock = ForkedLock()
         self._spending: dict[BucketName, _Spending] = {}
         self._elsewhere: dict[str, int] = {}
-        self.found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
+        self._found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
 
     def look(self, followed: Iterable[tuple[Budget, Headroom]], now_s: float) -> dict[Meter, dict[str, int]]:
-        """Look at what others spend; it may take a while. Return what was found.
+        """Look at what others spend; it may take a while.
 
         Args:
             followed: The provider's limits, and what is known of its counts.
             now_s: The time, by a clock that is never set.
+
+        Returns:
+            Of which models they spend a notable amount, and about how much per minute.
         """
         with self._lock:
             found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
@@ -91,7 +92,8 @@ class Others:
                 was_told, is_told = spending.told, spending.is_told(budget, rate, now_s, lasting_s)
                 if is_told:
                     found[name.meter][name.model or ""] = round(rate)
-                if is_told != was_told and self._is_first(name, is_told) and is_told:
+                is_first = (is_told or was_told) and self._is_first(name, max(1, round(rate)) if is_told else 0)
+                if is_told and not was_told and is_first:
                     _log.warning(
                         "somebody else uses the provider's key: of %s about %d %s per minute are spent beside "
                         "what goes through here",
@@ -104,21 +106,32 @@ class Others:
                     here[known_by] = round(part)
             for name in before.keys() - self._spending.keys():
                 if before[name].told:
-                    self._is_first(name, False)
+                    self._is_first(name, 0)
             for meter, rates in found.items():
                 state(self._backend.table, OTHERS[meter], sum(rates.values()))
-            self.found = found
+            self._found = found
             self._elsewhere = self._exchanged(dict(islice(here.items(), MAX_TOLD)))
         return found
 
-    def _is_first(self, name: BucketName, is_told: bool) -> bool:
-        """Say whether this process tells of a limit; return whether no other one of the node does."""
-        table = self._backend.table
-        tells = TELLS + name.digest.hex().encode()
+    def told(self, names: Iterable[BucketName]) -> dict[Meter, dict[str, int]]:
+        """Return what any process of the node found when it looked last, of these limits, and this one in all."""
+        told = {meter: dict(rates) for meter, rates in self._found.items()}
+        tallies, rows = self._backend.table.tallies(), living(self._backend.table)
+        for name in names:
+            numbers = tallies.get(_tells(name))
+            if numbers is not None and name.meter in told:
+                rate = max((numbers[row] for row in rows), default=0)
+                if rate:
+                    told[name.meter].setdefault(name.model or "", rate)
+        return told
+
+    def _is_first(self, name: BucketName, rate: int) -> bool:
+        """Say what this process tells of a limit, 0 for nothing; return whether no other one of the node does."""
+        table, tells = self._backend.table, _tells(name)
         with suppress(TableBusy), changing(table):  # of two who say so at once, one is first
             names = table.tallies()
             if tells in names or sum(one.startswith(TELLS) for one in names) < MAX_TOLD:
-                state(table, tells, int(is_told))
+                state(table, tells, rate)
                 rows = table.tallies().get(tells)
                 return rows is None or not any(rows[row] for row in living(table).keys() - {table.held_row})
         return True
@@ -176,6 +189,11 @@ class _Spending:
             self._notable_s = now_s
         self.told = self.told or (self._notable_s is not None and now_s - self._notable_s >= lasting_s)
         return self.told
+
+
+def _tells(name: BucketName) -> bytes:
+    """Return the name of the tally of what each process tells of a limit."""
+    return TELLS + name.digest.hex().encode()
 
 
 def _notable(budget: Budget) -> float:
