@@ -57,7 +57,6 @@ class Others:
 
     Args:
         backend: Shares the budgets.
-
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -114,7 +113,11 @@ class Others:
         return found
 
     def told(self, names: Iterable[BucketName]) -> dict[Meter, dict[str, int]]:
-        """Return what any process of the node found when it looked last, of these limits, and this one in all."""
+        """Return what was found last: by any process of the node, of these limits; by this one, of all.
+
+        Args:
+            names: The learned limits.
+        """
         told = {meter: dict(rates) for meter, rates in self._found.items()}
         tallies, rows = self._backend.table.tallies(), living(self._backend.table)
         for name in names:
