@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 from tokenguard._bucket import BucketTable, Outcome
@@ -331,14 +331,24 @@ class RedisBackend:
 
     async def _run(self, script: Script, key: bytes, *args: str) -> Any:  # noqa: ANN401 - as the script returns
         """Run what is nothing to buckets and budgets."""
+        async with self._reached("Nothing can be agreed on with the other nodes") as lane:
+            return await lane.run(script, (key,), args)
+
+    @asynccontextmanager
+    async def _reached(self, else_told: str) -> AsyncGenerator[Lane, None]:
+        """Have the lane of Redis, once that has been tried, without waiting for one that is known to be away.
+
+        Raises:
+            BackendDown: It is, or goes meanwhile.
+        """
         lane = self._lane()
         await lane.ready()
         try:
             if lane.trouble is not None:
                 raise LinkLost(lane.trouble)
-            return await lane.run(script, (key,), args)
+            yield lane
         except LinkLost as error:
-            raise BackendDown("Nothing can be agreed on with the other nodes", str(error)) from None
+            raise BackendDown(else_told, str(error)) from None
 
     # --- budgets ----------------------------------------------------------------------------------------------
 
@@ -351,14 +361,8 @@ class RedisBackend:
         self._thread.run(self._refresh())
 
     async def _refresh(self) -> Lane:
-        lane = self._lane()
-        await lane.ready()
-        try:
-            if lane.trouble is not None:
-                raise LinkLost(lane.trouble)
+        async with self._reached("The shared budgets cannot be reached") as lane:
             await lane.refresh()
-        except LinkLost as error:
-            raise BackendDown("The shared budgets cannot be reached", str(error)) from None
         return lane
 
     def budgets(self) -> list[Budget]:
