@@ -78,3 +78,4 @@ cdef class Tally:
     cdef uint32_t number
 
     cpdef add(self, int64_t amount=*)
+    cpdef set(self, int64_t number)

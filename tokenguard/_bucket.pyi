@@ -129,6 +129,9 @@ class Tally:
     def add(self, amount: int = 1) -> None:
         """Count; ``amount`` may be negative."""
 
+    def set(self, number: int) -> None:
+        """Have this process's row tell a number, whatever was counted there before."""
+
 @final
 class BucketTable:
     """A table of token buckets.

@@ -173,6 +173,9 @@ cdef class Tally:
     cpdef add(self, int64_t amount=1):
         tg_add(&(<BucketTable>self.table).row.tallies[self.number], amount)
 
+    cpdef set(self, int64_t number):
+        tg_store_number(&(<BucketTable>self.table).row.tallies[self.number], number)
+
 
 cdef class Shared:
     def __cinit__(self):

@@ -27,7 +27,6 @@ _BELIEVED = 64
 """What is shown so often is believed. A pair that fits shows more than several that do not: others may have been
 counted in between, or calls have overtaken each other."""
 
-
 _TURNS, _FULL_AT, _SURPLUS, _SHOWN = range(4)
 """The numbers that are shared: how many calls were charged, which was the latest that found the bucket full, by
 how much all were charged more than the least that counts, and how well it is shown that this counts."""

@@ -16,7 +16,7 @@ from tokenguard.backends.memory import MemoryBackend
 from tokenguard.backends.workers import counted
 from tokenguard.metrics import Metrics
 from tokenguard.model import Meter
-from tokenguard.provider_limits.others import MAX_TOLD, OTHERS, Others
+from tokenguard.provider_limits.others import MAX_LIMITS, OTHERS, Others
 
 NOBODY = 2**22 - 1
 """A process that is not there."""
@@ -141,7 +141,7 @@ def test_one_of_two_processes_that_find_others_at_once_logs_it():
             steps.add(0, 1)
             while steps.get(0) < 2 * (step + 1):
                 pass
-            logged.append(others._is_first(name, 1 - step % 2))
+            logged.append(others._say(name, 1 - step % 2))
         return logged[::2]
 
     with Worker(find) as one, Worker(find) as other:
@@ -180,15 +180,15 @@ def test_process_that_follows_a_limit_no_more_tells_nobody_of_others(caplog):
 def test_limits_are_told_of_however_many_they_are(caplog):
     """Beyond some, each process of the node logs it."""
     crew = [Others(one) for one in sharing(2)]
-    limits = [[Watched(model=f"m{number}") for number in range(MAX_TOLD + 3)] for _ in crew]
+    limits = [[Watched(model=f"m{number}") for number in range(MAX_LIMITS + 3)] for _ in crew]
     for step in range(100):
         for others, watched in zip(crew, limits, strict=True):
             for one in watched:
                 one.spend(5_000)
             told = looks(others, *watched, now_s=10 * step)
 
-    assert told == {f"m{number}": pytest.approx(30_000, rel=0.05) for number in range(MAX_TOLD + 3)}
-    assert len(caplog.messages) == MAX_TOLD + 2 * 3
+    assert told == {f"m{number}": pytest.approx(30_000, rel=0.05) for number in range(MAX_LIMITS + 3)}
+    assert len(caplog.messages) == MAX_LIMITS + 2 * 3
 
 
 def test_what_others_spend_is_shown_as_long_as_a_process_tells_it():

@@ -14,7 +14,7 @@ from tokenguard._bucket import BucketTable, Handle, Outcome
 from tokenguard.backends.keeper import Keeper
 from tokenguard.backends.mirror import NOTHING, Mirror, read_records, record_of
 from tokenguard.backends.state import StateFile
-from tokenguard.backends.workers import changing, leave, state
+from tokenguard.backends.workers import changing, leave
 from tokenguard.errors import BudgetNotFound, StateUnwritable, TableFull
 from tokenguard.model import BucketName, Budget, Scale, Scope
 
@@ -95,7 +95,7 @@ class MemoryBackend:
             claimed = self.table.tallies().get(name, ())
             if any(now_ms - for_s * 1000 < at_ms <= now_ms for at_ms in claimed):  # later, the clock was set back
                 return False
-            state(self.table, name, now_ms)
+            self.table.tally(name).set(now_ms)
             return True
 
     def share(self, what: str, numbers: Mapping[str, int], for_s: float) -> list[tuple[str, int]]:  # noqa: ARG002 - there is no other node

@@ -78,13 +78,6 @@ def living(table: BucketTable) -> dict[int, int]:
     return {row: pid for row, (pid, began) in enumerate(table.rows()) if _lives(pid, began)}
 
 
-def state(table: BucketTable, name: bytes, number: int) -> None:
-    """Have a tally tell a number for this process, whatever the one before it in its row had counted."""
-    tally = table.tally(name)
-    if (rows := table.tallies().get(name)) is not None:
-        tally.add(number - rows[table.held_row])
-
-
 def counted(table: BucketTable) -> dict[bytes, int]:
     """Return what all processes counted, and how things are with those that live."""
     alive = set(living(table))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 
 from tokenguard._bucket import BucketTable
-from tokenguard.backends.workers import state
 from tokenguard.provider_limits.forked import ForkedLock
 from tokenguard.provider_limits.seldom import Seldom
 from tokenguard.providers.limits import QUOTA_CODES
@@ -50,7 +49,7 @@ class Alarms:
         with self._lock:
             before = self.standing(now_s)
             self._told_ms = int(now_s * 1000)
-            state(self._table, _name(code), self._told_ms)
+            self._table.tally(_name(code)).set(self._told_ms)
             self.raised = True
             if code not in before:
                 self._write(True, now_s)
@@ -60,7 +59,7 @@ class Alarms:
         with self._lock:
             if not self.standing(now_s):
                 return
-            state(self._table, _CLEARED, int(now_s * 1000))
+            self._table.tally(_CLEARED).set(int(now_s * 1000))
             self.raised = False
             self._write(False, now_s)
 

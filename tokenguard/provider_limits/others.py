@@ -9,7 +9,7 @@ from contextlib import suppress
 from itertools import islice
 
 from tokenguard.backends import Backend
-from tokenguard.backends.workers import TELLS, changing, living, state
+from tokenguard.backends.workers import TELLS, changing, living
 from tokenguard.drift import Drift
 from tokenguard.errors import BackendDown, TableBusy
 from tokenguard.headroom import Headroom
@@ -35,8 +35,8 @@ AVERAGED_S = 60.0, 600.0
 SUSPECTED_PART = 0.25
 """Of so much of what is notable, the other nodes are told."""
 
-MAX_TOLD = 32
-"""Of so many limits."""
+MAX_LIMITS = 32
+"""Of so many limits; and of so many the processes of a node tell each other."""
 
 TOPIC = "others"
 """What nodes say of it is known by this name."""
@@ -78,39 +78,56 @@ class Others:
         """
         with self._lock:
             found: dict[Meter, dict[str, int]] = {meter: {} for meter in OTHERS}
-            here: dict[str, int] = {}
-            before, self._spending = self._spending, {}
+            before, self._spending, here = self._spending, {}, {}
             for budget, room in followed:
                 if room.drift.heard is None or room.drift.in_windows:
                     continue
                 name, known_by = budget.name, budget.name.digest.hex()
                 spending = self._spending[name] = before.get(name) or _Spending(budget, room.drift, now_s)
-                part = spending.add(room.drift, now_s)
-                rate = part + self._elsewhere.get(known_by, 0)
-                lasting_s = 3 * LASTING_S if known_by in self._elsewhere else LASTING_S
-                was_told, is_told = spending.told, spending.is_told(budget, rate, now_s, lasting_s)
-                if is_told:
-                    found[name.meter][name.model or ""] = round(rate)
-                is_first = (is_told or was_told) and self._is_first(name, max(1, round(rate)) if is_told else 0)
-                if is_told and not was_told and is_first:
-                    _log.warning(
-                        "somebody else uses the provider's key: of %s about %d %s per minute are spent beside "
-                        "what goes through here",
-                        name.model,
-                        rate,
-                        name.meter,
-                    )
-                is_suspected = part >= SUSPECTED_PART * _notable(budget) or known_by in self._elsewhere
+                part, elsewhere = spending.add(room.drift, now_s), self._elsewhere.get(known_by)
+                rate = self._judge(budget, spending, part, elsewhere, now_s)
+                if rate is not None:
+                    found[name.meter][name.model or ""] = rate
+                is_suspected = elsewhere is not None or part >= SUSPECTED_PART * _notable(budget)
                 if spending.is_news and is_suspected:  # else another process of the node may know more
                     here[known_by] = round(part)
             for name in before.keys() - self._spending.keys():
                 if before[name].told:
-                    self._is_first(name, 0)
+                    self._say(name, 0)
             for meter, rates in found.items():
-                state(self._backend.table, OTHERS[meter], sum(rates.values()))
+                self._backend.table.tally(OTHERS[meter]).set(sum(rates.values()))
             self._found = found
-            self._elsewhere = self._exchanged(dict(islice(here.items(), MAX_TOLD)))
+            self._elsewhere = self._exchanged(dict(islice(here.items(), MAX_LIMITS)))
         return found
+
+    def _judge(
+        self, budget: Budget, spending: _Spending, part: float, elsewhere: int | None, now_s: float
+    ) -> int | None:
+        """Return what others spend of a limit, if that is worth telling; whoever finds so first logs it.
+
+        Args:
+            budget: The limit.
+            spending: What is known of it.
+            part: What this node finds.
+            elsewhere: What other nodes do; None if they tell nothing.
+            now_s: The time.
+        """
+        rate, lasting_s = part + (elsewhere or 0), LASTING_S if elsewhere is None else 3 * LASTING_S
+        was_told, is_told = spending.told, spending.is_told(budget, rate, now_s, lasting_s)
+        if not is_told:
+            if was_told:
+                self._say(budget.name, 0)
+            return None
+        is_first = self._say(budget.name, max(1, round(rate)))
+        if is_first and not was_told:
+            _log.warning(
+                "somebody else uses the provider's key: of %s about %d %s per minute are spent beside "
+                "what goes through here",
+                budget.name.model,
+                rate,
+                budget.name.meter,
+            )
+        return round(rate)
 
     def told(self, names: Iterable[BucketName]) -> dict[Meter, dict[str, int]]:
         """Return what was found last: by any process of the node, of these limits; by this one, of all.
@@ -128,14 +145,14 @@ class Others:
                     told[name.meter].setdefault(name.model or "", rate)
         return told
 
-    def _is_first(self, name: BucketName, rate: int) -> bool:
+    def _say(self, name: BucketName, rate: int) -> bool:
         """Say what this process tells of a limit, 0 for nothing; return whether no other one of the node does."""
         table, tells = self._backend.table, _tells(name)
         with suppress(TableBusy), changing(table):  # of two who say so at once, one is first
-            names = table.tallies()
-            if tells in names or sum(one.startswith(TELLS) for one in names) < MAX_TOLD:
-                state(table, tells, rate)
-                rows = table.tallies().get(tells)
+            tallies = table.tallies()
+            if tells in tallies or sum(one.startswith(TELLS) for one in tallies) < MAX_LIMITS:
+                table.tally(tells).set(rate)
+                rows = tallies.get(tells)
                 return rows is None or not any(rows[row] for row in living(table).keys() - {table.held_row})
         return True
 
